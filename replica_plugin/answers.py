@@ -1,0 +1,91 @@
+"""The HTTP answers the dispatcher gives without a slot. They are written here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from email.utils import formatdate
+from http import HTTPStatus
+
+from gunicorn import SERVER
+
+from .decisions import Rules, Why
+
+_JSON = re.compile(rb"\r\naccept:[^\r\n]*\bapplication/(?:[a-z.]+\+)?json\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A status and one sentence; `retry_after` in whole seconds."""
+
+    status: int
+    text: str
+    retry_after: int | None = None
+
+    def encode(self, head: bytes, keep_alive: bool, bodiless: bool) -> bytes:
+        """The bytes for the client whose request had this head: JSON if it accepts JSON."""
+        phrase = HTTPStatus(self.status).phrase
+        if _JSON.search(head):
+            kind, body = "application/json", json.dumps({"error": phrase, "detail": self.text})
+        else:
+            kind, body = "text/plain; charset=utf-8", self.text
+        content = f"{body}\n".encode()
+        lines = [
+            f"HTTP/1.1 {self.status} {phrase}",
+            f"Server: {SERVER}",
+            f"Date: {formatdate(usegmt=True)}",
+            f"Connection: {'keep-alive' if keep_alive else 'close'}",
+            f"Content-Type: {kind}",
+            f"Content-Length: {len(content)}",
+            "Cache-Control: no-store",
+        ]
+        if self.retry_after is not None:
+            lines.append(f"Retry-After: {self.retry_after}")
+        text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
+        return text if bodiless else text + content
+
+
+def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> Answer:
+    """What a client is told whose request was refused."""
+    if why is Why.FULL:
+        text = (
+            f"The replica is full: {rules.bound} requests are in flight, as many as "
+            f"max_replica_concurrency ({rules.bound}) admits."
+        )
+        return Answer(overload_status, text, retry_after)
+    if why is Why.WAITED:
+        text = f"No slot became free within queue_timeout ({_seconds(rules.queue_timeout)})."
+        return Answer(503, text, retry_after)
+    return Answer(503, "The server is shutting down, and no slot became free in time.", 1)
+
+
+LOST = Answer(502, "The process that was working on this request died.")
+
+
+def head_too_late(seconds: float) -> Answer:
+    """The head did not arrive in time."""
+    return Answer(408, f"The request's head did not arrive within header_timeout ({_seconds(seconds)}).")
+
+
+def body_too_late(seconds: float) -> Answer:
+    """The body stopped arriving."""
+    return Answer(408, f"Nothing of the request's body came for receive_timeout ({_seconds(seconds)}).")
+
+
+def head_too_large(limit: int) -> Answer:
+    """The head is larger than the limits of gunicorn that bound it."""
+    return Answer(
+        431,
+        f"The request's head is larger than {limit} bytes "
+        "(limit_request_fields x limit_request_field_size).",
+    )
+
+
+def probe(good: bool, good_text: str, bad_text: str) -> Answer:
+    """What a probe is told."""
+    return Answer(200, good_text) if good else Answer(503, bad_text)
+
+
+def _seconds(value: float | None) -> str:
+    return f"{value:g} s"

@@ -1,0 +1,202 @@
+"""What dispatcher and processes say to each other, and in which form.
+
+The control socket is one pair made by the master before the first fork. Every process
+writes to it, whichever dispatcher lives reads from it:
+
+    REGISTER  a process offers its end of a new channel, its cells, and its pidfd
+    ADOPT     a connection whose dispatcher died while a slot was working on it
+
+A channel is a SEQPACKET pair between one process and one dispatcher:
+
+    dispatcher -> process   WELCOME (with the dispatcher's pidfd), JOB (with a client), LEAVE
+    process -> dispatcher   FREE, DONE, LEAVING
+
+Messages of processes are fixed structures or JSON, so that a process, which runs user code,
+cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
+between two processes of one interpreter. Nothing here waits in the dispatcher: it sends and
+receives with MSG_DONTWAIT, since O_NONBLOCK would be shared with every copy of a descriptor.
+"""
+
+from __future__ import annotations
+
+import array
+import json
+import marshal
+import os
+import socket
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+VERSION = 1
+LARGEST = 1 << 16
+"""Bytes of the largest message; a connection with more read ahead than fits is closed."""
+
+_REPORT = struct.Struct("=BBQI")
+_ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+_NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+
+Address = tuple[Any, ...] | str | bytes
+
+
+class End(IntEnum):
+    """How a connection goes on after a request."""
+
+    KEEP = 0  # another request may follow
+    CLOSE = 1  # the client expects the end, and everything it sent was read
+    LINGER = 2  # the client may still be sending: half-close, drain, close
+    ABORT = 3  # nothing more can be said to this client
+
+
+class Kind(IntEnum):
+    """What a process tells on its channel."""
+
+    FREE = 0
+    DONE = 1
+    LEAVING = 2
+
+
+class Job(NamedTuple):
+    """A ready request on its way to a slot.
+
+    `number` counts the connection's requests from 1. `ahead` are bytes of this request that
+    an earlier parser had read already; `carry` is what the slot before wanted to be told.
+    `last` asks for `Connection: close`. `waited` is in seconds.
+    """
+
+    request: int
+    number: int
+    client: Address
+    server: Address
+    ahead: bytes
+    carry: bytes
+    last: bool
+    waited: float
+
+
+class Report(NamedTuple):
+    """What a process says: `request`, `end`, `ahead` and `carry` matter for DONE only."""
+
+    kind: Kind
+    request: int = 0
+    end: End = End.KEEP
+    ahead: bytes = b""
+    carry: bytes = b""
+
+    def encode(self) -> bytes:
+        start = _REPORT.pack(self.kind, self.end, self.request, len(self.ahead))
+        return b"".join((start, self.ahead, self.carry))
+
+
+def decode_report(data: bytes) -> Report:
+    kind, end, request, ahead = _REPORT.unpack_from(data)
+    split = _REPORT.size + ahead
+    return Report(Kind(kind), request, End(end), data[_REPORT.size : split], data[split:])
+
+
+FREE = Report(Kind.FREE).encode()
+LEAVING = Report(Kind.LEAVING).encode()
+LEAVE = b"L"
+WELCOME = b"W"
+
+
+@dataclass(frozen=True)
+class Register:
+    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy."""
+
+    pid: int
+    age: int
+    slots: int
+    again: bool
+    leaving: bool
+    version: int = VERSION
+
+
+@dataclass(frozen=True)
+class Adopt:
+    """A kept-alive connection on its way back, to a dispatcher that does not know it."""
+
+    number: int
+    client: Address
+    server: Address
+    ahead: bytes
+    carry: bytes
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a new channel."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    return ours, theirs
+
+
+def send(sock: socket.socket, data: bytes, *fds: int) -> None:
+    """Send a message and descriptors at once or not at all. Raises OSError."""
+    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
+    sock.sendmsg((data,), rights, _NOW)
+
+
+def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
+    """The next message and its descriptors; `b""` at the end. Raises OSError.
+
+    MSG_CMSG_CLOEXEC keeps clients' connections out of the programs that the app starts
+    (`socket.recv_fds` loses its flags in Python 3.11).
+    """
+    data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    fds = array.array("i")
+    for _, _, content in rights:
+        fds.frombytes(content)
+    return data, fds.tolist()
+
+
+def send_job(sock: socket.socket, job: Job, client: int) -> None:
+    send(sock, marshal.dumps(tuple(job)), client)
+
+
+def decode_job(data: bytes) -> Job:
+    return Job(*marshal.loads(data))
+
+
+def send_register(
+    control: socket.socket, offer: Register, channel: int, cells: int, pidfd: int
+) -> None:
+    send(control, b"R" + json.dumps(vars(offer)).encode(), channel, cells, pidfd)
+
+
+def send_adopt(control: socket.socket, adopt: Adopt, client: int) -> None:
+    send(control, b"A" + json.dumps(vars(adopt), default=_as_text).encode(), client)
+
+
+def _as_text(value: bytes) -> str:
+    return value.decode("latin-1")
+
+
+def receive_control(control: socket.socket) -> tuple[Register | Adopt | None, list[int]]:
+    """The next message on the control socket; None for one that means nothing to us."""
+    data, fds = receive(control, socket.MSG_DONTWAIT)
+    if data[:1] == b"R" and len(fds) == 3:
+        return Register(**json.loads(data[1:])), fds
+    if data[:1] == b"A" and len(fds) == 1:
+        return _decode_adopt(json.loads(data[1:])), fds
+    return None, fds
+
+
+def _decode_adopt(fields: dict[str, Any]) -> Adopt:
+    return Adopt(
+        fields["number"],
+        _address(fields["client"]),
+        _address(fields["server"]),
+        fields["ahead"].encode("latin-1"),
+        fields["carry"].encode("latin-1"),
+    )
+
+
+def _address(value: list[Any] | str) -> Address:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def close_all(fds: list[int]) -> None:
+    for fd in fds:
+        os.close(fd)

@@ -1,0 +1,83 @@
+"""A client's socket in the hands of a slot.
+
+The dispatcher has bounded every read and write in the kernel (SO_RCVTIMEO, SO_SNDTIMEO), so
+that the socket needs no timeouts of Python's, each of which costs a system call. Here the
+kernel's EAGAIN gets a name, the slot's cell learns when the response begins, and what went
+wrong with the client is told apart from what went wrong in the app.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+
+class ReceiveTimeout(TimeoutError):
+    """Nothing of the body came for receive_timeout."""
+
+
+class SendTimeout(TimeoutError):
+    """The client took nothing for send_timeout."""
+
+
+class ClientSocket(socket.socket):
+    """`trouble` is the error that this socket raised, if it did; then nothing more is sent."""
+
+    __slots__ = ("_flags", "_on_first_byte", "answering", "trouble")
+
+    def __init__(
+        self, family: int, kind: int, fd: int, on_first_byte: Callable[[], None]
+    ) -> None:
+        super().__init__(family, kind, 0, fd)
+        self.trouble: OSError | None = None
+        self.answering = False
+        self._flags = 0
+        self._on_first_byte = on_first_byte
+
+    def read_only_what_is_there(self) -> None:
+        """From now on a read that would wait fails."""
+        self._flags = socket.MSG_DONTWAIT
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As socket.recv. Raises ReceiveTimeout."""
+        try:
+            return super().recv(size, flags | self._flags)
+        except OSError as error:
+            raise self._noted(error, ReceiveTimeout) from None
+
+    def sendall(self, data: Any, flags: int = 0) -> None:
+        """As socket.sendall. Raises SendTimeout when the client takes nothing for too long."""
+        self._begin()
+        try:
+            super().sendall(data, flags)
+        except OSError as error:
+            raise self._noted(error, SendTimeout) from None
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """As socket.sendfile, which would wait for ever when the kernel's timeout has passed."""
+        self._begin()
+        sent = 0
+        try:
+            while count is None or sent < count:
+                part = min(1 << 30, 1 << 30 if count is None else count - sent)
+                done = os.sendfile(self.fileno(), file.fileno(), offset + sent, part)
+                if not done:
+                    break
+                sent += done
+        except OSError as error:
+            raise self._noted(error, SendTimeout) from None
+        return sent
+
+    def _begin(self) -> None:
+        if self.trouble is not None:
+            raise self.trouble
+        if not self.answering:
+            self.answering = True
+            self._on_first_byte()
+
+    def _noted(self, error: OSError, when_blocked: type[OSError]) -> OSError:
+        trouble = when_blocked() if isinstance(error, BlockingIOError) else error
+        self.trouble = trouble
+        return trouble

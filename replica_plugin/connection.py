@@ -1,0 +1,106 @@
+"""A client's connection, as the dispatcher holds it between requests and beside a slot."""
+
+from __future__ import annotations
+
+import array
+import fcntl
+import socket
+import struct
+import termios
+from enum import Enum, auto
+from typing import TYPE_CHECKING
+
+from .channel import Address
+
+if TYPE_CHECKING:
+    from .deadlines import Deadlines
+    from .head import Head
+
+
+class State(Enum):
+    """Where a connection stands. It is in a slot's hands while RUNNING."""
+
+    ARRIVING = auto()  # nothing, or a part, of the next request has come
+    WAITING = auto()  # its request is ready, and in the queue
+    RUNNING = auto()  # its request was sent to a process
+    LINGERING = auto()  # answered and half-closed; what still comes is thrown away
+    CLOSED = auto()
+
+
+class Listener:
+    """One listening socket, under the name that the app sees as its server's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.server: Address = sock.getsockname()
+        self.local = sock.family == socket.AF_UNIX
+
+
+class Connection:
+    """A socket, and what is known of the request that is on it or on its way."""
+
+    __slots__ = (
+        "ahead", "arrived", "carry", "client", "fd", "head", "hung_up", "local", "looked_at",
+        "mark", "number", "progress_at", "ready_at", "registered", "request", "server", "sock",
+        "state", "timer", "touched",
+    )  # fmt: skip
+
+    def __init__(
+        self, sock: socket.socket, client: Address, server: Address, local: bool
+    ) -> None:
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.client = client
+        self.server = server
+        self.local = local
+        self.number = 1  # counts the requests on this connection
+        self.ahead = b""  # bytes of the next request that a parser has read already
+        self.carry = b""  # what the slot before wants the next one to know
+        self.state = State.ARRIVING
+        self.head: Head | None = None
+        self.arrived = 0  # bytes of the request seen so far
+        self.mark = 0  # SO_RCVLOWAT, if it was raised
+        self.request = 0
+        self.ready_at = 0.0
+        self.looked_at = 0.0
+        self.progress_at = 0.0
+        self.registered = False  # with epoll
+        self.touched = False  # something came while the connection was in a slot's hands
+        self.hung_up = False  # the client has sent its last byte
+        self.timer: Deadlines[Connection] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Connection {self.fd} of {self.client!r}: {self.state.name.lower()}>"
+
+    def limit_waits(self, receive: float, send: float) -> None:
+        """Bound every read and write a slot does on this socket, in seconds without progress.
+
+        Kernel timeouts, because they cost a slot nothing, where Python's own cost one poll
+        a call, and travel with the descriptor.
+        """
+        for option, seconds in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
+            whole, part = divmod(seconds, 1)
+            value = struct.pack("ll", int(whole), int(part * 1e6))
+            self.sock.setsockopt(socket.SOL_SOCKET, option, value)
+
+    def unread(self) -> int:
+        """How many bytes lie in the kernel."""
+        count = array.array("i", [0])
+        fcntl.ioctl(self.fd, termios.FIONREAD, count)
+        return count[0]
+
+    def wake_at(self, size: int) -> None:
+        """Have the kernel wake us when so many bytes lie there, and not before (TCP only)."""
+        if size != (self.mark or 1):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
+        self.mark = size if size > 1 else 0
+
+    def next_request(self, ahead: bytes, carry: bytes) -> None:
+        """The connection is between two requests."""
+        self.number += 1
+        self.ahead = ahead
+        self.carry = carry
+        self.head = None
+        self.arrived = 0
+        self.request = 0
+        self.state = State.ARRIVING

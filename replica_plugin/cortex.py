@@ -1,0 +1,129 @@
+"""The Cortex layout: a list of APIs, or one.
+
+Every API of the file is checked, as Cortex does; the RealtimeAPI that is served gives its numbers.
+"""
+
+from __future__ import annotations
+
+import yaml
+
+from replica_plugin import cortex_api, environment
+from replica_plugin.cortex_api import Api
+from replica_plugin.cortex_keys import APIS, KIND
+from replica_plugin.errors import Place, Problem
+from replica_plugin.layer import Layer, SectionReader, api_label, api_name, entries, line
+from replica_plugin.seen import Seen, from_node, shortened
+from replica_plugin.settings import KEYS
+from replica_plugin.target import check_target
+from replica_plugin.values import BadValue
+
+SHAPE_KEYS = ("name", "kind", "predictor")
+SERVED = "RealtimeAPI"
+
+
+def is_cortex(root: yaml.Node) -> bool:
+    """Tells the layout by its shape."""
+    if isinstance(root, yaml.MappingNode):
+        return any(key in entries(root) for key in SHAPE_KEYS)
+    return isinstance(root, yaml.SequenceNode)
+
+
+def read(root: yaml.Node, file: str, wanted: str) -> Layer:
+    """What the API called `wanted` says, or without a name the file's only RealtimeAPI."""
+    if problem := _mixed_layouts(root, file):
+        return Layer(problems=[problem])
+    apis = [_read_api(node, place, file) for node, place in _nodes(root, file)]
+    served = _served(apis, file, wanted)
+    result = Layer(problems=_repeated_names(apis))
+    for api in apis:
+        settings = api.settings()
+        if api is served:
+            result = settings.over(result)
+        else:
+            check_target(settings)
+        result.problems += api.layer.problems + settings.problems
+        result.notes += _notes(api)
+    if isinstance(served, Problem):
+        result.problems.append(served)
+    return result
+
+
+def _mixed_layouts(root: yaml.Node, file: str) -> Problem | None:
+    keys = entries(root) if isinstance(root, yaml.MappingNode) else {}
+    flat = next((key for key in keys if key in KEYS), None)
+    if flat is None:
+        return None
+    cortex = next(key for key in SHAPE_KEYS if key in keys)
+    place = Place(f"{file}:{line(keys[flat][0])}", flat)
+    at = line(keys[cortex][0])
+    text = f"is no key of a Cortex API file, which {cortex} on line {at} makes this"
+    return Problem(place, f"{text}; keep one layout")
+
+
+def _nodes(root: yaml.Node, file: str) -> list[tuple[yaml.Node, Place]]:
+    if isinstance(root, yaml.MappingNode):
+        return [(root, Place(f"{file}:{line(root)}"))]
+    return [
+        (node, Place(f"{file}:{line(node)}", api_label(index, node)))
+        for index, node in enumerate(root.value)
+    ]
+
+
+def _read_api(node: yaml.Node, place: Place, file: str) -> Api:
+    api = Api(place, api_name(node))
+    if not isinstance(node, yaml.MappingNode):
+        api.layer.add_problem(place, f"must be a mapping of keys (got {from_node(node)})")
+        return api
+    try:
+        api.kind = _kind(node)
+    except BadValue as error:
+        # Which keys an API may have depends on its kind, so nothing more is said about this one.
+        key = f"{place.key}.kind".lstrip(".")
+        api.layer.add_problem(Place(place.where, key), str(error))
+        return api
+    SectionReader(file, api.layer).read(APIS[api.kind], node, place)
+    cortex_api.check(api)
+    return api
+
+
+def _kind(node: yaml.MappingNode) -> str:
+    pairs = entries(node)
+    seen = from_node(pairs["kind"][1]) if "kind" in pairs else Seen("", "null")
+    return str(KIND.parse(seen))
+
+
+def _repeated_names(apis: list[Api]) -> list[Problem]:
+    names = [api.name for api in apis]
+    return [
+        Problem(api.place, f'name must be unique in the file (got "{shortened(api.name)}")')
+        for index, api in enumerate(apis)
+        if api.name and api.name in names[:index]
+    ]
+
+
+def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem:
+    """The API to serve, or why there is none or no single one."""
+    candidates = [api for api in apis if api.kind == SERVED]
+    chosen = [api for api in candidates if api.name == wanted] if wanted else candidates
+    names = ", ".join(shortened(api.name) for api in candidates)
+    if not candidates:
+        return Problem(Place(file), f"must have a {SERVED} to serve ({_kinds(apis)})")
+    if not chosen:
+        place, seen = Place(environment.WHERE, environment.API), Seen(wanted, "str")
+        return Problem(place, f"must name a {SERVED} of {file}: {names} (got {seen})")
+    if len(chosen) > 1 and not wanted:
+        text = f"must have one {SERVED} (got {names}); name one in {environment.API}"
+        return Problem(Place(file), text)
+    return chosen[0]
+
+
+def _kinds(apis: list[Api]) -> str:
+    told = (f"{shortened(api.name)} is of kind {api.kind or 'unknown'}" for api in apis)
+    return ", ".join(told) or "the list is empty"
+
+
+def _notes(api: Api) -> list[str]:
+    place = api.layer.places.get(cortex_api.BATCHING)
+    if place is None:
+        return []
+    return [f"{place}: has no effect, requests are not batched"]

@@ -1,0 +1,391 @@
+"""Which request goes where, what is refused, expired or lost, and when a process leaves.
+
+The dispatcher's whole judgement, as one object of plain values. It takes events and
+answers with actions; it knows no sockets, no clock, no HTTP and no configuration file.
+Requests are integers that grow in the order in which they became ready; processes are
+named by their age, as gunicorn counts them.
+
+Invariants, after every event:
+
+1. `running` is the sum over all known processes of what they run: requests sent and not
+   reported done, plus `owed` slots (busy with a request of a dispatcher that died).
+2. A request is sent only against a credit (`free`) of its process, and only while
+   `running < processes * threads`. `_start` is the one place that takes a credit.
+3. A request is in exactly one of: `waiting`, the `requests` of one process, or gone.
+4. `waiting` is ordered by request number: the order in which they became ready.
+5. Nothing is admitted while `in_flight >= bound`.
+6. A dismissed process is sent nothing more; a process is dismissed once.
+
+It assumes that request numbers are never used twice, and that `now` never runs backwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+DRAIN_WINDOW = 10.0
+"""Seconds over which the rate of starts is averaged for `retry_after`."""
+
+
+class Why(Enum):
+    """Why a request is answered without having run."""
+
+    FULL = "full"
+    WAITED = "waited"
+    STOPPING = "stopping"
+
+
+class Send(NamedTuple):
+    """Hand this request to the process of this age."""
+
+    request: int
+    age: int
+
+
+class Refuse(NamedTuple):
+    """Answer this request without running it."""
+
+    request: int
+    why: Why
+
+
+class Lost(NamedTuple):
+    """The process that ran this request died."""
+
+    request: int
+
+
+class Dismiss(NamedTuple):
+    """Tell the process of this age to finish what it runs, and leave."""
+
+    age: int
+
+
+Action = Send | Refuse | Lost | Dismiss
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the operator asked for."""
+
+    processes: int = 1
+    threads: int = 1
+    bound: int = 1024
+    queue_timeout: float | None = None
+
+    @property
+    def cap(self) -> int:
+        """How many requests may run at once in the replica."""
+        return self.processes * self.threads
+
+
+@dataclass(eq=False)
+class Process:
+    """One gunicorn worker, as the dispatcher sees it."""
+
+    age: int
+    slots: int
+    owed: int = 0
+    registered: bool = True
+    free: int = 0
+    leaving: bool = False
+    dismissed: bool = False
+    blocked: bool = False
+    last_start: int = 0
+    requests: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def running(self) -> int:
+        """How many of its slots are busy, as far as anybody knows."""
+        return self.owed + len(self.requests)
+
+
+class Decisions:
+    """The replica: its processes, its queue, and the rules that join them."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.waiting: OrderedDict[int, float] = OrderedDict()
+        self.processes: dict[int, Process] = {}
+        self.live: frozenset[int] = frozenset()
+        self.running = 0
+        self.stopping = False
+        self.drained = False
+        self.was_ready = False
+        self._usable: list[Process] = []
+        self._starts = 0
+        self._rate = _Rate()
+
+    def __repr__(self) -> str:
+        return f"<Replica {self.running}/{self.rules.cap} running, {len(self.waiting)} waiting>"
+
+    # What can be asked at any time.
+
+    @property
+    def in_flight(self) -> int:
+        """Requests waiting plus requests running."""
+        return len(self.waiting) + self.running
+
+    @property
+    def usable(self) -> int:
+        """How many processes may be sent requests."""
+        return len(self._usable)
+
+    @property
+    def booting(self) -> bool:
+        """Whether the master has a process that has not registered yet."""
+        return bool(self.live - self.processes.keys())
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether readyz says 200: all p were ready once, one is usable, no stop has begun."""
+        return self.was_ready and self.usable > 0 and not self.stopping
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether healthz says 200: a process is usable, or one is on its way."""
+        return self.usable > 0 or self.booting
+
+    def next_expiry(self) -> float:
+        """When the oldest waiting request reaches `queue_timeout`; infinity if none will."""
+        if self.rules.queue_timeout is None or not self.waiting:
+            return math.inf
+        return next(iter(self.waiting.values())) + self.rules.queue_timeout
+
+    def retry_after(self, now: float) -> int:
+        """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
+        rate = self._rate.per_second(now)
+        if rate <= 0:
+            return 60
+        return max(1, min(60, math.ceil((len(self.waiting) + 1) / rate)))
+
+    # Events from clients.
+
+    def ready(self, request: int, now: float) -> list[Action]:
+        """A request has arrived whole. Admit or refuse it; start it if a slot is free."""
+        if self.in_flight >= self.rules.bound:
+            return [Refuse(request, Why.FULL)]
+        self.waiting[request] = now
+        return self._start(now)
+
+    def gone(self, request: int) -> None:
+        """The client of a waiting request left: it will not be run."""
+        self.waiting.pop(request, None)
+
+    # Events from processes.
+
+    def expected(self, age: int, slots: int) -> None:
+        """A process of the dispatcher before us has not registered again: all it has is busy."""
+        self._forget(age)
+        self._remember(Process(age, slots, owed=slots, registered=False))
+
+    def registered(self, age: int, slots: int, owed: int = 0) -> list[Action]:
+        """A process has its app loaded. Its credits come one by one, with `freed`."""
+        self._forget(age)
+        self._remember(Process(age, slots, owed=owed))
+        return self._changed()
+
+    def freed(self, age: int, now: float) -> list[Action]:
+        """A slot that ran nothing of ours has come to wait: one credit."""
+        process = self.processes.get(age)
+        if process is None:
+            return []
+        process.free += 1
+        if process.owed:
+            process.owed -= 1
+            self.running -= 1
+        return self._start(now)
+
+    def done(self, age: int, request: int, now: float) -> list[Action]:
+        """A slot has finished this request and waits for the next: one credit."""
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return []
+        del process.requests[request]
+        process.free += 1
+        self.running -= 1
+        return self._start(now)
+
+    def unsent(self, age: int, request: int, now: float) -> list[Action]:
+        """The message could not be delivered: undo the start, send nothing until `sendable`."""
+        process = self.processes[age]
+        process.blocked = True
+        process.free += 1
+        self.running -= 1
+        self._requeue([(request, process.requests.pop(request))])
+        return self._start(now)
+
+    def sendable(self, age: int, now: float) -> list[Action]:
+        """Messages to this process can be delivered again."""
+        process = self.processes.get(age)
+        if process is not None:
+            process.blocked = False
+        return self._start(now)
+
+    def leaving(self, age: int) -> list[Action]:
+        """A process was told to leave, or wants to; it serves until it is dismissed."""
+        process = self.processes.get(age)
+        if process is None:
+            return []
+        process.leaving = True
+        return self._changed()
+
+    def died(self, age: int, unread: Collection[int], now: float) -> list[Action]:
+        """A process is dead. What it had not begun to read goes back to the head of the queue."""
+        process = self._forget(age)
+        if process is None:
+            return []
+        self._requeue([(r, at) for r, at in process.requests.items() if r in unread])
+        lost: list[Action] = [Lost(r) for r in process.requests if r not in unread]
+        return lost + self._changed() + self._start(now)
+
+    # Events from the master, and from the clock.
+
+    def ruled(self, rules: Rules, live: Iterable[int], now: float) -> list[Action]:
+        """The master's word: the rules, and the ages of the processes it has forked."""
+        self.rules = rules
+        self.live = frozenset(live)
+        return self._changed() + self._start(now)
+
+    def stop(self) -> None:
+        """The replica stops: what is in flight goes on, and processes stay until `drain`."""
+        self.stopping = True
+
+    def drain(self) -> list[Action]:
+        """Nothing waits, and no client is left whose request could still become ready: all may go."""
+        self.drained = True
+        return self._changed()
+
+    def tick(self, now: float) -> list[Action]:
+        """Refuse what has waited for `queue_timeout`."""
+        refused: list[Action] = []
+        while self.next_expiry() <= now:
+            refused.append(Refuse(self.waiting.popitem(last=False)[0], Why.WAITED))
+        return refused
+
+    def give_up(self) -> list[Action]:
+        """The stop is about to end: refuse everything that still waits."""
+        refused: list[Action] = [Refuse(request, Why.STOPPING) for request in self.waiting]
+        self.waiting.clear()
+        return refused
+
+    # How it is decided.
+
+    def _start(self, now: float) -> list[Action]:
+        """Send from the head of the queue while there are credits and the cap allows."""
+        started: list[Action] = []
+        cap = self.rules.cap
+        while self.waiting and self.running < cap:
+            process = self._least_busy()
+            if process is None:
+                break
+            request, since = self.waiting.popitem(last=False)
+            process.requests[request] = since
+            process.free -= 1
+            self._starts += 1
+            process.last_start = self._starts
+            self.running += 1
+            self._rate.count(now)
+            started.append(Send(request, process.age))
+        return started
+
+    def _least_busy(self) -> Process | None:
+        """The usable process with a credit that runs fewest; of equals, the longest unused."""
+        best = None
+        for process in self._usable:
+            if process.free and not process.blocked:
+                rank = (process.running, process.last_start)
+                if best is None or rank < best_rank:
+                    best, best_rank = process, rank
+        return best
+
+    def _changed(self) -> list[Action]:
+        """The set of processes or the rules changed: who leaves now, and who is usable."""
+        dismissed: list[Action] = []
+        for process in sorted(self.processes.values(), key=lambda each: each.age):
+            if self._wants_to_leave(process) and self._may_leave(process):
+                process.dismissed = True
+                dismissed.append(Dismiss(process.age))
+        present = sorted(self._present(), key=lambda each: each.age, reverse=True)
+        self._usable = present[: self.rules.processes]
+        self.was_ready = self.was_ready or len(self._usable) >= self.rules.processes
+        return dismissed
+
+    def _present(self) -> list[Process]:
+        """Processes that have registered and have not been dismissed."""
+        return [p for p in self.processes.values() if p.registered and not p.dismissed]
+
+    def _wants_to_leave(self, process: Process) -> bool:
+        if process.dismissed or not process.registered:
+            return False
+        return process.leaving or self.drained
+
+    def _may_leave(self, process: Process) -> bool:
+        """Whether a process that is told to leave can be spared.
+
+        Either p newer ones are ready; or no successor is loading, since gunicorn will fork
+        one only when this process has gone, and then one process leaves at a time.
+        """
+        if self.stopping:
+            return self.drained
+        present = self._present()
+        wanted = self.rules.processes
+        if sum(each.age > process.age for each in present) >= wanted:
+            return True
+        staying = sum(not each.leaving for each in present)
+        if staying + len(self.live - self.processes.keys()) >= wanted:
+            return False
+        return len(present) >= wanted
+
+    def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
+        """Put requests that were sent back where their numbers belong, near the head."""
+        back = dict(requests)
+        if not back:
+            return
+        last = max(back)
+        while self.waiting and next(iter(self.waiting)) < last:
+            request, since = self.waiting.popitem(last=False)
+            back[request] = since
+        for request in sorted(back, reverse=True):
+            self.waiting[request] = back[request]
+            self.waiting.move_to_end(request, last=False)
+
+    def _remember(self, process: Process) -> None:
+        self.processes[process.age] = process
+        self.running += process.running
+
+    def _forget(self, age: int) -> Process | None:
+        process = self.processes.pop(age, None)
+        if process is not None:
+            self.running -= process.running
+        return process
+
+
+class _Rate:
+    """Starts a second, averaged over DRAIN_WINDOW with exponentially fading weights."""
+
+    def __init__(self) -> None:
+        self._weight = 0.0
+        self._last = 0.0
+        self._since: float | None = None
+
+    def count(self, now: float) -> None:
+        if self._since is None:
+            self._since = now
+        self._weight = self._faded(now) + 1.0
+        self._last = now
+
+    def per_second(self, now: float) -> float:
+        """The rate; a history shorter than the window is not mistaken for a slow one."""
+        if self._since is None:
+            return 0.0
+        seen = -math.expm1(-max(now - self._since, 1.0) / DRAIN_WINDOW)
+        return self._faded(now) / (DRAIN_WINDOW * seen)
+
+    def _faded(self, now: float) -> float:
+        return self._weight * math.exp((self._last - now) / DRAIN_WINDOW)

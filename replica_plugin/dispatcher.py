@@ -1,0 +1,340 @@
+"""The dispatcher: the one process that owns listeners, connections and the queue.
+
+    clients.py -> ready -> decisions.py -> send -> processes.py -> a slot, and back
+
+It runs no user code, and joins three parts that do not know each other: clients (sockets
+and bytes), decisions (plain values) and processes (channels). Each turn of its loop takes
+events of clients first, so that a client that has left is not run; then those of processes
+and listeners; then what is due.
+
+It reads the master's page when nudged and once a second, tells the replica's page that it
+lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
+another one; what that must know lies in the pages and in the processes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import select
+import socket
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from . import answers
+from .channel import Adopt, Job, Kind, Report
+from .clients import Clients
+from .connection import Connection, Listener
+from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
+from .journal import Journal
+from .pages import MasterPage, Numbers, ReplicaPage
+from .processes import Link, Processes
+from .rules import Stop, Wishes, decode_wishes
+
+TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What every dispatcher of this replica is born with."""
+
+    listeners: tuple[socket.socket, ...]
+    control: socket.socket
+    master_page: MasterPage
+    replica_page: ReplicaPage
+    nudge: int  # eventfd, written by the master after its page
+    master_pidfd: int
+    master_pid: int
+
+
+class Dispatcher:
+    """One life of the dispatcher."""
+
+    def __init__(self, frame: Frame, wishes: Wishes, journal: Journal) -> None:
+        self._frame = frame
+        self._wishes = wishes
+        self._journal = journal
+        self._epoll = select.epoll()
+        self._decisions = Decisions(wishes.rules)
+        self._requests: dict[int, Connection] = {}
+        self._next = itertools.count(time.monotonic_ns() // 1000)  # never a number used before
+        self._processes = Processes(self._epoll, frame.control, self)
+        listeners = [Listener(socket.socket(fileno=os.dup(s.fileno()))) for s in frame.listeners]
+        self._clients = Clients(self._epoll, listeners, wishes.serving, self)
+        self._stop: Stop | None = None
+        self._expected: dict[int, tuple[int, int, int]] = {}  # pidfd to age, slots, pid
+        self._ended = False
+        self._inherit()
+        for fd in (frame.nudge, frame.master_pidfd):
+            self._epoll.register(fd, select.EPOLLIN)
+        self._obey(wishes, time.monotonic())
+
+    def run(self) -> None:
+        """Serve until a stop is done."""
+        while not self._ended:
+            now = time.monotonic()
+            wait = min(TURN, max(0.0, self._next_deadline() - now))
+            events = self._epoll.poll(wait)
+            now = time.monotonic()
+            self._on_events(events, now)
+            self._tick(now)
+            self._frame.replica_page.write(self._numbers(now))
+
+    def _on_events(self, events: Iterable[tuple[int, int]], now: float) -> None:
+        others = []
+        connections = self._clients.connections
+        for fd, mask in events:
+            conn = connections.get(fd)
+            if conn is not None:
+                self._clients.on_event(conn, mask, now)
+            else:
+                others.append((fd, mask))
+        for fd, mask in others:
+            if fd in self._clients.listeners:
+                self._clients.accept(fd, now)
+            elif fd == self._frame.nudge:
+                self._on_nudge(now)
+            elif fd == self._frame.master_pidfd:
+                self._on_master_death(now)
+            elif fd in self._expected:
+                self._on_expected_death(fd, now)
+            else:
+                self._processes.on_event(fd, mask, now)
+
+    def _next_deadline(self) -> float:
+        return min(
+            self._clients.next_deadline(),
+            self._decisions.next_expiry(),
+            self._journal.next_deadline(),
+            self._next_of_stop(),
+        )
+
+    def _tick(self, now: float) -> None:
+        self._clients.tick(now)
+        self._perform(self._decisions.tick(now), now)
+        self._journal.tick(now)
+        if self._stop is not None:
+            self._go_on_stopping(self._stop, now)
+
+    def _numbers(self, now: float) -> Numbers:
+        decisions = self._decisions
+        return Numbers(
+            now,
+            decisions.was_ready,
+            decisions.usable,
+            sum(link.slots for link in self._processes.links.values()),
+            len(decisions.waiting),
+            decisions.running,
+            len(self._clients.connections),
+        )
+
+    # What the clients' side asks (clients.Judge).
+
+    def on_ready(self, conn: Connection, now: float) -> None:
+        conn.request = next(self._next)
+        self._requests[conn.request] = conn
+        self._perform(self._decisions.ready(conn.request, now), now)
+
+    def on_gone(self, conn: Connection) -> None:
+        del self._requests[conn.request]
+        self._decisions.gone(conn.request)
+
+    def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
+        self._journal.answered(conn, answer, now)
+
+    def probe(self, name: bytes) -> answers.Answer:
+        if name.endswith(b"readyz"):
+            return answers.probe(self._decisions.is_ready, "ready", "not ready")
+        return answers.probe(self._decisions.is_healthy, "healthy", "no process is usable or booting")
+
+    # What the processes' side tells (processes.Office).
+
+    def on_registered(self, link: Link, again: bool, leaving: bool) -> None:
+        now = time.monotonic()
+        self._forget_expected(link.age)
+        owed = link.slots if again else 0
+        self._perform(self._decisions.registered(link.age, link.slots, owed), now)
+        if leaving:
+            self._perform(self._decisions.leaving(link.age), now)
+        self._write_table()
+
+    def on_report(self, link: Link, report: Report, now: float) -> None:
+        if report.kind is Kind.FREE:
+            self._perform(self._decisions.freed(link.age, now), now)
+        elif report.kind is Kind.LEAVING:
+            self._perform(self._decisions.leaving(link.age), now)
+        else:
+            self._on_done(link, report, now)
+
+    def _on_done(self, link: Link, report: Report, now: float) -> None:
+        """The credit goes to the queue's head before the connection that gave it is looked at."""
+        conn = self._requests.pop(report.request, None)
+        self._perform(self._decisions.done(link.age, report.request, now), now)
+        if conn is not None:
+            self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
+
+    def on_sendable(self, link: Link, now: float) -> None:
+        self._perform(self._decisions.sendable(link.age, now), now)
+
+    def on_death(self, link: Link, now: float) -> None:
+        begun = link.cells.begun()
+        process = self._decisions.processes.get(link.age)
+        unread = set(process.requests) - begun.keys() if process else set()
+        for action in self._decisions.died(link.age, unread, now):
+            if isinstance(action, Lost):
+                self._on_lost(action.request, begun[action.request], now)
+            else:
+                self._perform([action], now)
+        self._write_table()
+
+    def _on_lost(self, request: int, answering: bool, now: float) -> None:
+        conn = self._requests.pop(request)
+        if answering:
+            self._clients.close(conn)
+        else:
+            self._clients.answer(conn, answers.LOST, now)
+
+    def on_adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None:
+        """A slot has finished with a connection that our predecessor sent it."""
+        self._clients.adopt(adopt, sock, now)
+
+    # What the decisions say.
+
+    def _perform(self, actions: list[Action], now: float) -> None:
+        for action in actions:
+            if isinstance(action, Send):
+                self._send(action, now)
+            elif isinstance(action, Refuse):
+                self._refuse(action, now)
+            elif isinstance(action, Dismiss):
+                self._processes.dismiss(action.age)
+
+    def _send(self, action: Send, now: float) -> None:
+        conn = self._requests[action.request]
+        job = Job(
+            action.request,
+            conn.number,
+            conn.client,
+            conn.server,
+            conn.ahead,
+            conn.carry,
+            self._stop is not None,
+            now - conn.ready_at,
+        )
+        if self._processes.send(action.age, job, conn.fd):
+            self._clients.lend(conn)
+        else:
+            self._perform(self._decisions.unsent(action.age, action.request, now), now)
+
+    def _refuse(self, action: Refuse, now: float) -> None:
+        conn = self._requests.pop(action.request)
+        answer = answers.refusal(
+            action.why,
+            self._decisions.rules,
+            self._wishes.serving.overload_status,
+            self._decisions.retry_after(now),
+        )
+        self._clients.answer(conn, answer, now)
+
+    # What the master wants.
+
+    def _on_nudge(self, now: float) -> None:
+        try:
+            os.eventfd_read(self._frame.nudge)
+        except BlockingIOError:
+            pass
+        self._read_page(now)
+
+    def _read_page(self, now: float) -> None:
+        state = self._frame.master_page.read()
+        if state is not None:
+            self._obey(decode_wishes(state), now)
+
+    def _obey(self, wishes: Wishes, now: float) -> None:
+        if wishes.reopen != self._wishes.reopen:
+            self._journal.reopen()
+        if wishes.logging != self._wishes.logging:
+            self._journal.setup(wishes.logging)
+        self._wishes = wishes
+        self._clients.serve(wishes.serving)
+        self._perform(self._decisions.ruled(wishes.rules, wishes.live, now), now)
+        if wishes.stop is not None and (self._stop is None or not wishes.stop.graceful):
+            self._begin_stop(wishes.stop, now)
+
+    def _on_master_death(self, now: float) -> None:
+        """Without a master nothing is restarted: finish what is in flight, and end."""
+        self._epoll.unregister(self._frame.master_pidfd)
+        if self._stop is None:
+            self._journal.warning("The master is gone: finishing what is in flight, then leaving")
+            self._begin_stop(Stop(True, now + self._wishes.graceful_timeout), now)
+
+    # A stop.
+
+    def _begin_stop(self, stop: Stop, now: float) -> None:
+        if self._stop is None:
+            self._decisions.stop()
+            self._clients.stop(now)
+        self._stop = stop
+        if not stop.graceful:
+            self._ended = True
+
+    def _give_up_at(self, stop: Stop) -> float:
+        """When what still waits is told so: a second before the end, or a quarter if that is less."""
+        return stop.deadline - min(1.0, self._wishes.graceful_timeout / 4)
+
+    def _next_of_stop(self) -> float:
+        if self._stop is None or not self._decisions.waiting:
+            return math.inf
+        return self._give_up_at(self._stop)
+
+    def _go_on_stopping(self, stop: Stop, now: float) -> None:
+        if now >= self._give_up_at(stop):
+            self._perform(self._decisions.give_up(), now)
+        if not self._decisions.drained and not any(self._clients.pending()):
+            self._perform(self._decisions.drain(), now)
+        gone = not self._clients.connections and not self._processes.links
+        self._ended = self._ended or (gone and self._decisions.drained) or now > stop.deadline + 1
+
+    # What our predecessor knew.
+
+    def _inherit(self) -> None:
+        """Count what processes of our predecessor may be running, until they register again."""
+        page = self._frame.replica_page
+        self._decisions.was_ready = bool(page.read().was_ready)
+        for age, slots, pid in page.read_table():
+            pidfd = _open_child(pid, self._frame.master_pid)
+            if pidfd is not None:
+                self._decisions.expected(age, slots)
+                self._expected[pidfd] = (age, slots, pid)
+                self._epoll.register(pidfd, select.EPOLLIN)
+
+    def _on_expected_death(self, pidfd: int, now: float) -> None:
+        age = self._expected[pidfd][0]
+        self._forget_expected(age)
+        self._perform(self._decisions.died(age, (), now), now)
+
+    def _forget_expected(self, age: int) -> None:
+        for pidfd in [fd for fd, row in self._expected.items() if row[0] == age]:
+            del self._expected[pidfd]
+            self._epoll.unregister(pidfd)
+            os.close(pidfd)
+
+    def _write_table(self) -> None:
+        rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]
+        self._frame.replica_page.write_table(rows + list(self._expected.values()))
+
+
+def _open_child(pid: int, parent: int) -> int | None:
+    """A pidfd of a process that is still what it was: a child of this parent. Pids come back."""
+    try:
+        pidfd = os.pidfd_open(pid)
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    if int(fields[1]) == parent and fields[0] != b"Z":
+        return pidfd
+    os.close(pidfd)
+    return None

@@ -1,0 +1,145 @@
+"""What dispatcher and supervisor write to the logs: gunicorn's own, from its own settings.
+
+Requests that no slot ran appear in the access log like any other; in the error log they
+are one line at once, and then one a while for all that followed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from http import HTTPStatus
+from typing import Any, NamedTuple
+
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+
+from .answers import Answer
+from .connection import Connection
+
+QUIET = 10.0
+"""Seconds between two warnings about requests that were not run."""
+
+SETTINGS = (
+    "loglevel", "errorlog", "accesslog", "access_log_format", "capture_output",
+    "logconfig", "logconfig_dict", "logconfig_json", "disable_redirect_access_to_syslog",
+    "syslog", "syslog_addr", "syslog_prefix", "syslog_facility",
+    "statsd_host", "statsd_prefix", "dogstatsd_tags", "proc_name", "default_proc_name",
+    "user", "group",
+)  # fmt: skip
+"""gunicorn's settings that decide where and how is logged."""
+
+_NOT_TEXT = ("logconfig", "logconfig_dict", "logconfig_json")
+
+
+class _Response(NamedTuple):
+    """As much of a response as gunicorn's access log asks for."""
+
+    status: str
+    sent: int
+    headers: list[tuple[str, str]]
+
+
+class _Request(NamedTuple):
+    headers: list[tuple[str, str]]
+
+
+class Journal:
+    """The logs, as one process writes them."""
+
+    def __init__(self, logging: Mapping[str, Any]) -> None:
+        self._logger = _open(logging)
+        self._held: Counter[str] = Counter()
+        self._quiet_until: float | None = None
+
+    def setup(self, logging: Mapping[str, Any]) -> None:
+        """Settings have changed: log as they say from now on."""
+        self._logger = _open(logging)
+
+    def reopen(self) -> None:
+        """Reopen the files, after they were moved away."""
+        self._logger.reopen_files()
+
+    def info(self, message: str, *args: object) -> None:
+        self._logger.info(message, *args)
+
+    def warning(self, message: str, *args: object) -> None:
+        self._logger.warning(message, *args)
+
+    def error(self, message: str, *args: object) -> None:
+        self._logger.error(message, *args)
+
+    def exception(self, message: str, *args: object) -> None:
+        self._logger.exception(message, *args)
+
+    # Requests that no slot ran.
+
+    def answered(self, conn: Connection, answer: Answer, now: float) -> None:
+        """A request was answered without a slot, or in place of a slot that died."""
+        self._access(conn, answer, max(0.0, now - conn.ready_at) if conn.ready_at else 0.0)
+        if self._quiet_until is None:
+            self._logger.warning("%s: %s", answer.status, answer.text)
+            self._quiet_until = now + QUIET
+        else:
+            self._held[f"{answer.status}: {answer.text}"] += 1
+
+    def next_deadline(self) -> float:
+        return math.inf if self._quiet_until is None else self._quiet_until
+
+    def tick(self, now: float) -> None:
+        """Say what was held back since the last warning."""
+        if self._quiet_until is None or now < self._quiet_until:
+            return
+        for text, count in self._held.items():
+            self._logger.warning("%d more in %g s: %s", count, QUIET, text)
+        self._quiet_until = now + QUIET if self._held else None
+        self._held.clear()
+
+    def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
+        if not (self._logger.cfg.accesslog or getattr(self._logger, "access_log_enabled", True)):
+            return
+        method, target, version, headers = _lines(conn.head.text if conn.head else b"")
+        names = {name.upper(): value for name, value in headers}
+        client = conn.client
+        environ = {
+            "REQUEST_METHOD": method,
+            "RAW_URI": target,
+            "SERVER_PROTOCOL": version,
+            "PATH_INFO": target.partition("?")[0],
+            "QUERY_STRING": target.partition("?")[2],
+            "REMOTE_ADDR": client[0] if isinstance(client, tuple) else client,
+            "HTTP_REFERER": names.get("REFERER", "-"),
+            "HTTP_USER_AGENT": names.get("USER-AGENT", "-"),
+        }
+        status = f"{answer.status} {HTTPStatus(answer.status).phrase}"
+        response = _Response(status, len(answer.text) + 1, [])
+        self._logger.access(response, _Request(headers), environ, timedelta(seconds=seconds))
+
+
+def _lines(text: bytes) -> tuple[str, str, str, list[tuple[str, str]]]:
+    """Request line and headers of a head, `-` for what is not there."""
+    first, *rest = text.decode("latin-1").strip("\r\n").split("\r\n")
+    words = [*first.split(" "), "-", "-", "-"] if first else ["-", "-", "-"]
+    headers = [line.partition(":") for line in rest]
+    return words[0], words[1], words[2], [(name, value.strip()) for name, _, value in headers]
+
+
+def _open(logging: Mapping[str, Any]) -> Logger:
+    """gunicorn's logger. A logconfig that needs the app's own modules is left out, with a warning."""
+    try:
+        return _logger(logging)
+    except Exception as error:
+        plain = {name: value for name, value in logging.items() if name not in _NOT_TEXT}
+        logger = _logger(plain)
+        logger.warning("The dispatcher logs without logconfig, which it cannot load: %s", error)
+        return logger
+
+
+def _logger(logging: Mapping[str, Any]) -> Logger:
+    config = Config()
+    for name, value in logging.items():
+        if name in config.settings:
+            config.settings[name].value = value
+    return config.logger_class(config)

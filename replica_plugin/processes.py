@@ -1,0 +1,207 @@
+"""The side of the dispatcher that faces processes: registration, jobs, reports, deaths.
+
+1. A process is known from its REGISTER until its pidfd fires; the end of its channel
+   means nothing, since a child that the app forked may hold the other end open.
+2. What a process reported before it died counts: the channel is read to its end first.
+3. Nothing here waits. A job that cannot be delivered now goes back (`unsent`), and the
+   process is sent nothing until its channel has room.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import select
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+from .channel import (
+    LARGEST,
+    LEAVE,
+    VERSION,
+    WELCOME,
+    Adopt,
+    Job,
+    Register,
+    Report,
+    close_all,
+    decode_report,
+    receive_control,
+    send,
+    send_job,
+)
+from .pages import Cells
+
+_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
+
+
+@dataclass(eq=False)
+class Link:
+    """A registered process, and the descriptors that tie us to it."""
+
+    age: int
+    pid: int
+    slots: int
+    channel: socket.socket
+    cells: Cells
+    pidfd: int
+    open: bool = True  # the channel has not ended
+    full: bool = False  # a message could not be delivered
+    leave_due: bool = False
+
+
+class Office(Protocol):
+    """What the processes' side tells the dispatcher."""
+
+    def on_registered(self, link: Link, again: bool, leaving: bool) -> None: ...
+    def on_report(self, link: Link, report: Report, now: float) -> None: ...
+    def on_sendable(self, link: Link, now: float) -> None: ...
+    def on_death(self, link: Link, now: float) -> None: ...
+    def on_adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None: ...
+
+
+class Processes:
+    """All registered processes, by age."""
+
+    def __init__(self, epoll: select.epoll, control: socket.socket, office: Office) -> None:
+        self.links: dict[int, Link] = {}
+        self._epoll = epoll
+        self._control = control
+        self._office = office
+        self._by_channel: dict[int, Link] = {}
+        self._by_pidfd: dict[int, Link] = {}
+        self._own_pidfd = os.pidfd_open(os.getpid())
+        self._buffer = bytearray(LARGEST)
+        epoll.register(control.fileno(), select.EPOLLIN)
+
+    def on_event(self, fd: int, mask: int, now: float) -> None:
+        """epoll has something to say about the control socket, a channel or a pidfd."""
+        if fd == self._control.fileno():
+            self._on_control(now)
+        elif fd in self._by_channel:
+            self._on_channel(self._by_channel[fd], mask, now)
+        elif fd in self._by_pidfd:
+            self._on_death(self._by_pidfd[fd], now)
+
+    # What processes say.
+
+    def _on_control(self, now: float) -> None:
+        while True:
+            try:
+                message, fds = receive_control(self._control)
+            except BlockingIOError:
+                return
+            if isinstance(message, Register) and message.version == VERSION:
+                self._register(message, fds, now)
+            elif isinstance(message, Adopt):
+                self._office.on_adopt(message, socket.socket(fileno=fds[0]), now)
+            else:
+                close_all(fds)
+
+    def _register(self, offer: Register, fds: list[int], now: float) -> None:
+        channel, cells, pidfd = fds
+        link = Link(
+            offer.age,
+            offer.pid,
+            offer.slots,
+            socket.socket(fileno=channel),
+            Cells(offer.slots, cells),
+            pidfd,
+        )
+        os.close(cells)
+        try:
+            send(link.channel, WELCOME, self._own_pidfd)
+        except OSError:  # the process is dead, or has made another offer meanwhile
+            self._release(link)
+            return
+        if offer.age in self.links:
+            self._on_death(self.links[offer.age], now)
+        self._know(link)
+        self._office.on_registered(link, offer.again, offer.leaving)
+
+    def _know(self, link: Link) -> None:
+        self.links[link.age] = link
+        self._by_channel[link.channel.fileno()] = link
+        self._by_pidfd[link.pidfd] = link
+        self._epoll.register(link.channel.fileno(), select.EPOLLIN)
+        self._epoll.register(link.pidfd, select.EPOLLIN)
+
+    def _on_channel(self, link: Link, mask: int, now: float) -> None:
+        if mask & select.EPOLLOUT and link.full:
+            self._on_room(link, now)
+        for report in self._reports(link):
+            self._office.on_report(link, report, now)
+
+    def _reports(self, link: Link) -> Iterator[Report]:
+        """What lies on the channel; when it has ended, it is not listened to any more."""
+        view = memoryview(self._buffer)
+        while link.open:
+            try:
+                size = link.channel.recv_into(view, 0, socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                return
+            except OSError:
+                size = 0
+            if size:
+                yield decode_report(bytes(view[:size]))
+            else:
+                self._close_channel(link)
+
+    def _on_death(self, link: Link, now: float) -> None:
+        for report in self._reports(link):
+            self._office.on_report(link, report, now)
+        del self.links[link.age]
+        del self._by_pidfd[link.pidfd]
+        self._epoll.unregister(link.pidfd)
+        self._close_channel(link)
+        self._office.on_death(link, now)
+        self._release(link)
+
+    def _close_channel(self, link: Link) -> None:
+        if link.open:
+            link.open = False
+            del self._by_channel[link.channel.fileno()]
+            self._epoll.unregister(link.channel.fileno())
+
+    def _release(self, link: Link) -> None:
+        link.channel.close()
+        link.cells.close()
+        os.close(link.pidfd)
+
+    # What processes are told.
+
+    def send(self, age: int, job: Job, client: int) -> bool:
+        """Deliver a job; False if that is not possible now."""
+        link = self.links[age]
+        try:
+            send_job(link.channel, job, client)
+        except OSError as error:
+            self._on_full(link, error)
+            return False
+        return True
+
+    def dismiss(self, age: int) -> None:
+        """Tell a process that nothing more will come."""
+        link = self.links[age]
+        try:
+            send(link.channel, LEAVE)
+        except OSError as error:
+            link.leave_due = True
+            self._on_full(link, error)
+
+    def _on_full(self, link: Link, error: OSError) -> None:
+        """Wait for room; if the channel is gone, the process's death will tell."""
+        if link.open and not link.full and error.errno in _FULL:
+            link.full = True
+            self._epoll.modify(link.channel.fileno(), select.EPOLLIN | select.EPOLLOUT)
+
+    def _on_room(self, link: Link, now: float) -> None:
+        link.full = False
+        self._epoll.modify(link.channel.fileno(), select.EPOLLIN)
+        if link.leave_due:
+            link.leave_due = False
+            self.dismiss(link.age)
+        else:
+            self._office.on_sendable(link, now)

@@ -1,0 +1,86 @@
+"""What the dispatcher has to know, as plain values that travel from the master as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .decisions import Rules
+from .head import Limits
+
+
+@dataclass(frozen=True)
+class Serving:
+    """How clients are treated. Times in seconds, sizes in bytes, probes as exact paths."""
+
+    limits: Limits = Limits()
+    header_timeout: float = 10.0
+    receive_timeout: float = 30.0
+    send_timeout: float = 30.0
+    keepalive: float = 2.0
+    request_buffer: int = 1 << 20
+    overload_status: int = 503
+    probes: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stop:
+    """A stop that has begun; `deadline` is the monotonic time at which it must have ended."""
+
+    graceful: bool
+    deadline: float
+
+
+@dataclass(frozen=True)
+class Privileges:
+    """Whom the helpers run as; gunicorn's own settings."""
+
+    uid: int
+    gid: int
+    initgroups: bool
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """Everything the master's page says.
+
+    `live` maps the age of each process that the master has forked to its pid (0 until
+    known). `reopen` counts the requests to reopen the logs. `logging` are gunicorn's own
+    settings of that name.
+    """
+
+    rules: Rules
+    serving: Serving
+    live: dict[int, int]
+    graceful_timeout: float
+    privileges: Privileges
+    logging: dict[str, Any]
+    stop: Stop | None = None
+    reopen: int = 0
+
+    def encode(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        state = asdict(self)
+        state["serving"]["probes"] = [path.decode("latin-1") for path in self.serving.probes]
+        return state
+
+
+def decode_wishes(state: dict[str, Any]) -> Wishes:
+    serving = state["serving"]
+    stop = state["stop"]
+    return Wishes(
+        rules=Rules(**state["rules"]),
+        serving=Serving(
+            **{
+                **serving,
+                "limits": Limits(*serving["limits"]),
+                "probes": tuple(path.encode("latin-1") for path in serving["probes"]),
+            }
+        ),
+        live={int(age): pid for age, pid in state["live"].items()},
+        graceful_timeout=state["graceful_timeout"],
+        privileges=Privileges(**state["privileges"]),
+        logging=state["logging"],
+        stop=Stop(**stop) if stop else None,
+        reopen=state["reopen"],
+    )

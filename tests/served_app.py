@@ -1,0 +1,196 @@
+"""The WSGI app that live tests serve: one path for each thing a request can do."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+
+HOME = threading.get_ident()  # the thread that imports the app
+_lock = threading.Lock()
+_now = 0
+_high = 0
+
+
+def application(environ, start_response):
+    """Call the handler that is named by the path's first part; count who is inside."""
+    global _now, _high
+    name, _, rest = environ["PATH_INFO"].strip("/").partition("/")
+    with _lock:
+        _now += 1
+        _high = max(_high, _now)
+    try:
+        return HANDLERS.get(name or "hello", missing)(environ, start_response, rest)
+    finally:
+        with _lock:
+            _now -= 1
+
+
+def answer(start_response, body, status="200 OK", kind="text/plain", **headers):
+    body = body if isinstance(body, bytes) else body.encode()
+    fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
+    start_response(
+        status, [("Content-Type", kind), ("Content-Length", str(len(body))), *fields]
+    )
+    return [body]
+
+
+def as_json(start_response, value):
+    return answer(start_response, json.dumps(value), kind="application/json")
+
+
+def hello(environ, start_response, rest):
+    return answer(start_response, "hello\n")
+
+
+def missing(environ, start_response, rest):
+    return answer(start_response, "no such path\n", "404 Not Found")
+
+
+def hold(environ, start_response, name):
+    """Begin on the test's stage; end when told."""
+    with socket.socket(socket.AF_UNIX) as link:
+        link.connect(os.environ["STAGE"])
+        link.sendall((json.dumps(who(environ, name)) + "\n").encode())
+        link.recv(1)
+    return as_json(start_response, who(environ, name))
+
+
+def who(environ, name):
+    thread = threading.get_ident()
+    return {
+        "name": name,
+        "pid": os.getpid(),
+        "thread": thread,
+        "main": thread == HOME == threading.main_thread().ident,
+        "waited": str(environ.get("replica_plugin.waited", "")),
+    }
+
+
+def numbers(environ, start_response, rest):
+    """The highest number of requests this process has had inside at once, and its threads."""
+    fds = len(os.listdir("/proc/self/fd"))
+    count = threading.active_count()
+    return as_json(
+        start_response, {"high": _high, "pid": os.getpid(), "threads": count, "fds": fds}
+    )
+
+
+def sleep(environ, start_response, seconds):
+    began = time.monotonic()
+    time.sleep(float(seconds))
+    value = who(environ, "") | {"began": began, "ended": time.monotonic()}
+    return as_json(start_response, value)
+
+
+def burn(environ, start_response, millions):
+    """Keep the GIL in one C call: some 10 ms for each million."""
+    began = time.monotonic()
+    sum(range(int(millions) * 1_000_000))
+    value = who(environ, "") | {"began": began, "ended": time.monotonic()}
+    return as_json(start_response, value)
+
+
+def echo(environ, start_response, rest):
+    return answer(start_response, environ["wsgi.input"].read())
+
+
+def ignore(environ, start_response, rest):
+    """Answer without reading the body."""
+    return answer(start_response, "ignored\n")
+
+
+def partly(environ, start_response, count):
+    return answer(start_response, environ["wsgi.input"].read(int(count)))
+
+
+def environment(environ, start_response, rest):
+    plain = {key: value for key, value in environ.items() if isinstance(value, (str, bool, int))}
+    return as_json(start_response, plain)
+
+
+class Stream:
+    """A body whose closing the stage sees."""
+
+    def __init__(self, environ, parts, name):
+        self._environ, self._parts, self._name = environ, parts, name
+
+    def __iter__(self):
+        return iter(self._parts)
+
+    def close(self):
+        hold(self._environ, lambda *_: None, f"{self._name}-closing")
+
+
+def stream(environ, start_response, count):
+    """Many parts of 64 KiB, without a Content-Length."""
+    start_response("200 OK", [("Content-Type", "application/octet-stream")])
+    return (bytes([n % 256]) * 65536 for n in range(int(count)))
+
+
+def close(environ, start_response, name):
+    """A response whose body's close() is held on the stage."""
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
+    return Stream(environ, [b"body"], name)
+
+
+def file(environ, start_response, size):
+    """A file of so many bytes, through wsgi.file_wrapper."""
+    import tempfile
+
+    content = tempfile.TemporaryFile()
+    content.write(b"f" * int(size))
+    content.seek(0)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", size)])
+    return environ["wsgi.file_wrapper"](content)
+
+
+def fail(environ, start_response, rest):
+    raise RuntimeError("before the first byte")
+
+
+def fail_late(environ, start_response, rest):
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "100")])
+    yield b"some"
+    raise RuntimeError("after the first byte")
+
+
+def oserror(environ, start_response, rest):
+    raise FileNotFoundError("the app's own, not the client's")
+
+
+def leave(environ, start_response, rest):
+    raise SystemExit("an app that calls sys.exit")
+
+
+def die(environ, start_response, rest):
+    os._exit(int(rest or 1))
+
+
+def empty(environ, start_response, rest):
+    start_response("204 No Content", [])
+    return []
+
+
+HANDLERS = {
+    "burn": burn,
+    "close": close,
+    "die": die,
+    "echo": echo,
+    "empty": empty,
+    "environ": environment,
+    "fail": fail,
+    "fail-late": fail_late,
+    "file": file,
+    "hello": hello,
+    "hold": hold,
+    "ignore": ignore,
+    "leave": leave,
+    "numbers": numbers,
+    "oserror": oserror,
+    "partly": partly,
+    "sleep": sleep,
+    "stream": stream,
+}

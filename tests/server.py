@@ -1,0 +1,299 @@
+"""Real gunicorns on port 0 for the live tests, and clients that control every byte."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from stage import PATIENCE
+
+TESTS = Path(__file__).parent
+OURS = ("-c", "python:replica_plugin.conf")
+STOCK = ("-k", "gthread")
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
+    """Wait until `condition()` is true, and return what it returned."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = condition()
+        if value:
+            return value
+        assert time.monotonic() < deadline, f"not within {timeout} s: {what}"
+        time.sleep(0.005)
+
+
+class Server:
+    """A gunicorn, started in a folder of its own."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        config: Mapping[str, Any] | None = None,
+        base: tuple[str, ...] = OURS,
+        bind: tuple[str, ...] = ("127.0.0.1:0",),
+        app: str = "served_app:application",
+        env: Mapping[str, str] | None = None,
+        ready: bool = True,
+    ) -> None:
+        self.folder = folder
+        self.log_path = folder / "log"
+        if config is not None:
+            self.write_config(config)
+        clean = {k: v for k, v in os.environ.items() if not k.startswith(("REPLICA_", "GUNICORN"))}
+        clean.pop("WEB_CONCURRENCY", None)
+        clean |= {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", **(env or {})}
+        binds = [part for each in bind for part in ("--bind", each)]
+        command = [sys.executable, "-m", "gunicorn", *base, *binds, *arguments, app]
+        with open(self.log_path, "ab") as log:
+            self.process = subprocess.Popen(
+                command, cwd=folder, env=clean, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+        try:
+            self.addresses = self._addresses(len(bind))
+            if ready:
+                self.wait_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def write_config(self, config: Mapping[str, Any]) -> None:
+        (self.folder / "replica.yaml").write_text(yaml.safe_dump(dict(config)))
+
+    # What it says.
+
+    @property
+    def log(self) -> str:
+        return self.log_path.read_text()
+
+    def wait_log(self, pattern: str, count: int = 1) -> str:
+        """Wait until the log holds `count` matches of a pattern; the last of them."""
+
+        def found() -> list[str]:
+            matches = re.findall(pattern, self.log)
+            return matches if len(matches) >= count else []
+
+        try:
+            return str(wait_for(found, pattern)[-1])
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+
+    def _addresses(self, count: int) -> list[Any]:
+        wait_for(
+            lambda: "Listening at: " in self.log or self.process.poll() is not None, "listening"
+        )
+        assert self.process.poll() is None, self.log
+        names = re.search(r"Listening at: (.*) \(\d+\)", self.log)[1].split(",")
+        assert len(names) == count
+        return [self._address(name) for name in names]
+
+    def _address(self, name: str) -> Any:
+        if name.startswith("unix:"):
+            return name.removeprefix("unix:")
+        host, _, port = name.removeprefix("http://").rpartition(":")
+        return (host.strip("[]"), int(port))
+
+    @property
+    def address(self) -> Any:
+        return self.addresses[0]
+
+    def wait_ready(self) -> None:
+        """Until readyz is 200; on stock gunicorn, until it answers at all."""
+
+        def ready() -> bool:
+            assert self.process.poll() is None, self.log
+            try:
+                return self.get("/-/readyz").status in (200, 404)
+            except OSError:
+                return False
+
+        wait_for(ready, "ready")
+
+    # Whom it consists of.
+
+    def children(self, pid: int | None = None) -> list[int]:
+        """The pids of a process's children that are no zombies; the master's without an argument."""
+        pid = pid or self.process.pid
+        found = []
+        for each in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = each.read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[1]) == pid and fields[0] != "Z":
+                found.append(int(each.parent.name))
+        return sorted(found)
+
+    @property
+    def supervisor(self) -> int:
+        """The master's child that was started by exec."""
+
+        def found() -> list[int]:
+            return [p for p in self.children() if b"replica_plugin.supervisor" in _command(p)]
+
+        return int(wait_for(found, "supervisor")[0])
+
+    @property
+    def dispatcher(self) -> int:
+        return int(wait_for(lambda: self.children(self.supervisor), "dispatcher")[0])
+
+    @property
+    def workers(self) -> list[int]:
+        return [pid for pid in self.children() if b"replica_plugin.supervisor" not in _command(pid)]
+
+    # What can be done to it.
+
+    def signal(self, number: int, pid: int | None = None) -> None:
+        os.kill(pid or self.process.pid, number)
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        """Stop it and wait for its end: its exit code."""
+        helpers = [pid for pid in self.children()]
+        helpers += [child for pid in helpers for child in self.children(pid)]
+        self.process.send_signal(number)
+        code = self.process.wait(PATIENCE)
+        wait_for(lambda: not any(_lives(pid) for pid in helpers), "all helpers gone")
+        return code
+
+    def kill(self) -> None:
+        """The last resort of a test that failed: every process of it, by pid."""
+        pids = [self.process.pid, *self.children()]
+        pids += [child for pid in pids[1:] for child in self.children(pid)]
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+        self.process.wait()
+
+    # Requests.
+
+    def connect(self, which: int = 0) -> Client:
+        return Client(self.addresses[which])
+
+    def get(self, path: str, which: int = 0, **headers: str) -> Reply:
+        """One request on a connection of its own."""
+        with self.connect(which) as client:
+            return client.get(path, **headers)
+
+    def later(self, path: str, which: int = 0) -> Pending:
+        """One request in a thread of its own."""
+        return Pending(lambda: self.get(path, which))
+
+
+def _command(pid: int) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
+
+
+def _lives(pid: int) -> bool:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+@dataclass
+class Reply:
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+
+class Client:
+    """One connection. `send` and `reply` control bytes; `get` is a request and its reply."""
+
+    def __init__(self, address: Any) -> None:
+        family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
+        if isinstance(address, tuple) and ":" in address[0]:
+            family = socket.AF_INET6
+        self.sock = socket.socket(family)
+        self.sock.settimeout(PATIENCE)
+        self.sock.connect(address)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def send(self, data: bytes | str) -> Client:
+        self.sock.sendall(data.encode("latin-1") if isinstance(data, str) else data)
+        return self
+
+    def ask(self, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Client:
+        """Send a request, whole."""
+        fields = {"Host": "test", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        if body is not None:
+            fields.setdefault("Content-Length", str(len(body)))
+        head = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
+        return self.send(f"{method} {path} HTTP/1.1\r\n{head}\r\n".encode() + (body or b""))
+
+    def reply(self, method: str = "GET") -> Reply:
+        """Read one reply. Raises http.client's exceptions, ConnectionError or TimeoutError."""
+        response = http.client.HTTPResponse(self.sock, method=method)
+        response.begin()
+        body = response.read()
+        return Reply(response.status, body, dict(response.headers))
+
+    def get(self, path: str, **headers: str) -> Reply:
+        return self.ask(path, **headers).reply()
+
+    def is_closed(self) -> bool:
+        """Wait for the server's end of the connection; False if bytes come instead."""
+        try:
+            return self.sock.recv(1) == b""
+        except ConnectionResetError:
+            return True
+
+    def close(self) -> None:
+        self.sock.close()
+
+
+class Pending:
+    """Something that happens in a thread, and its outcome."""
+
+    def __init__(self, action: Callable[[], Any]) -> None:
+        self._outcome: list[Any] = []
+        self._error: BaseException | None = None
+        self._action = action
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome.append(self._action())
+        except BaseException as error:
+            self._error = error
+
+    @property
+    def done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> Any:
+        self._thread.join(PATIENCE)
+        assert self.done, "no outcome in time"
+        if self._error is not None:
+            raise self._error
+        return self._outcome[0]
