@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 from replica_plugin import check, templates
 from replica_plugin.errors import ConfigError
@@ -61,7 +60,7 @@ def _version() -> str:
 
 def _init() -> int:
     try:
-        existing = templates.write(Path())
+        existing = templates.write()
     except OSError as error:
         return _refuse(f"cannot write {error.filename}: {error.strerror}")
     if existing:

@@ -101,13 +101,15 @@ def _repeated_names(apis: list[Api]) -> list[Problem]:
     ]
 
 
-def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem:
-    """The API to serve, or why there is none or no single one."""
+def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem | None:
+    """The API to serve, or why there is none; None where a bad kind has been told already."""
     candidates = [api for api in apis if api.kind == SERVED]
     chosen = [api for api in candidates if api.name == wanted] if wanted else candidates
     names = ", ".join(shortened(api.name) for api in candidates)
     if not candidates:
-        return Problem(Place(file), f"must have a {SERVED} to serve ({_kinds(apis)})")
+        told = not all(api.kind for api in apis)
+        text = f"must have a {SERVED} to serve ({_kinds(apis)})"
+        return None if told else Problem(Place(file), text)
     if not chosen:
         place, seen = Place(environment.WHERE, environment.API), Seen(wanted, "str")
         return Problem(place, f"must name a {SERVED} of {file}: {names} (got {seen})")
@@ -118,7 +120,7 @@ def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem:
 
 
 def _kinds(apis: list[Api]) -> str:
-    told = (f"{shortened(api.name)} is of kind {api.kind or 'unknown'}" for api in apis)
+    told = (f"{shortened(api.name)} is a {api.kind}" for api in apis)
     return ", ".join(told) or "the list is empty"
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Iterable
 from dataclasses import Field
-from pathlib import Path
 from typing import Any
 
 from replica_plugin.settings import show, supported
@@ -35,17 +35,21 @@ def replica_yaml() -> str:
     return "\n".join([_YAML_HEAD, *map(_entry, supported())])
 
 
-def write(folder: Path) -> list[str]:
-    """Writes both files, or neither where one exists; returns the names of those that do."""
+def write() -> list[str]:
+    """Writes both files here, or neither where one exists; returns the names of those that do."""
     files = {"replica.yaml": replica_yaml(), "replica_plugin.conf": CONF}
-    existing = [name for name in files if os.path.lexists(folder / name)]
+    existing = _existing(files)
     if not existing:
-        _write_new({folder / name: text for name, text in files.items()})
+        _write_new(files)
     return existing
 
 
-def _write_new(files: dict[Path, str]) -> None:
-    written: list[Path] = []
+def _existing(paths: Iterable[str]) -> list[str]:
+    return [path for path in paths if os.path.lexists(path)]
+
+
+def _write_new(files: dict[str, str]) -> None:
+    written: list[str] = []
     try:
         for path, text in files.items():
             # Mode x: a file that somebody made meanwhile is not overwritten.
@@ -54,7 +58,7 @@ def _write_new(files: dict[Path, str]) -> None:
                 stream.write(text)
     except OSError:
         for path in written:
-            path.unlink()
+            os.unlink(path)
         raise
 
 

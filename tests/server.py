@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from replica_plugin.pages import Numbers, ReplicaPage
 from stage import PATIENCE
 
 TESTS = Path(__file__).parent
@@ -155,9 +156,24 @@ class Server:
     def workers(self) -> list[int]:
         return [pid for pid in self.children() if b"replica_plugin.supervisor" not in _command(pid)]
 
+    def numbers(self) -> Numbers:
+        """The replica in numbers, as its dispatcher last wrote them."""
+        for link in Path(f"/proc/{self.supervisor}/fd").iterdir():
+            if "memfd:replica-numbers" in os.readlink(link):
+                fd = os.open(link, os.O_RDWR)
+                try:
+                    return ReplicaPage(fd).read()
+                finally:
+                    os.close(fd)
+        raise AssertionError("no page of numbers")
+
+    def wait_numbers(self, **wanted: int) -> None:
+        """Wait until these numbers are so: `waiting=3, running=4`."""
+        wait_for(lambda: wanted.items() <= self.numbers()._asdict().items(), str(wanted))
+
     # What can be done to it.
 
-    def signal(self, number: int, pid: int | None = None) -> None:
+    def tell(self, number: int, pid: int | None = None) -> None:
         os.kill(pid or self.process.pid, number)
 
     def stop(self, number: int = signal.SIGTERM) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from server import STOCK, Server, wait_for
+from server import Server
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_requests_begin_in_the_order_in_which_they_became_ready(server, stage):
     waiting = []
     for n in range(12):
         waiting.append(server.connect().ask(f"/hold/{n}"))
-        wait_for(lambda n=n: server_waiting(server) == n + 1, "one more waits")
+        server.wait_numbers(waiting=n + 1)
     order = []
     for n in range(12):
         actors.pop(0).finish()
@@ -56,7 +56,3 @@ def test_requests_begin_in_the_order_in_which_they_became_ready(server, stage):
         actor.finish()
     assert order == [str(n) for n in range(12)]
     assert {client.reply().status for client in running + waiting} == {200}
-
-
-def server_waiting(server: Server) -> int:
-    raise NotImplementedError
