@@ -65,12 +65,14 @@ LOST = Answer(502, "The process that was working on this request died.")
 
 def head_too_late(seconds: float) -> Answer:
     """The head did not arrive in time."""
-    return Answer(408, f"The request's head did not arrive within header_timeout ({_seconds(seconds)}).")
+    limit = f"header_timeout ({_seconds(seconds)})"
+    return Answer(408, f"The request's head did not arrive within {limit}.")
 
 
 def body_too_late(seconds: float) -> Answer:
     """The body stopped arriving."""
-    return Answer(408, f"Nothing of the request's body came for receive_timeout ({_seconds(seconds)}).")
+    limit = f"receive_timeout ({_seconds(seconds)})"
+    return Answer(408, f"Nothing of the request's body came for {limit}.")
 
 
 def head_too_large(limit: int) -> Answer:

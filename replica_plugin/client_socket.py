@@ -14,11 +14,11 @@ from collections.abc import Callable
 from typing import Any
 
 
-class ReceiveTimeout(TimeoutError):
+class ReceiveTimeoutError(TimeoutError):
     """Nothing of the body came for receive_timeout."""
 
 
-class SendTimeout(TimeoutError):
+class SendTimeoutError(TimeoutError):
     """The client took nothing for send_timeout."""
 
 
@@ -27,9 +27,7 @@ class ClientSocket(socket.socket):
 
     __slots__ = ("_flags", "_on_first_byte", "answering", "trouble")
 
-    def __init__(
-        self, family: int, kind: int, fd: int, on_first_byte: Callable[[], None]
-    ) -> None:
+    def __init__(self, family: int, kind: int, fd: int, on_first_byte: Callable[[], None]) -> None:
         super().__init__(family, kind, 0, fd)
         self.trouble: OSError | None = None
         self.answering = False
@@ -41,19 +39,19 @@ class ClientSocket(socket.socket):
         self._flags = socket.MSG_DONTWAIT
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """As socket.recv. Raises ReceiveTimeout."""
+        """As socket.recv. Raises ReceiveTimeoutError."""
         try:
             return super().recv(size, flags | self._flags)
         except OSError as error:
-            raise self._noted(error, ReceiveTimeout) from None
+            raise self._noted(error, ReceiveTimeoutError) from None
 
     def sendall(self, data: Any, flags: int = 0) -> None:
-        """As socket.sendall. Raises SendTimeout when the client takes nothing for too long."""
+        """As socket.sendall. Raises SendTimeoutError when the client takes nothing for too long."""
         self._begin()
         try:
             super().sendall(data, flags)
         except OSError as error:
-            raise self._noted(error, SendTimeout) from None
+            raise self._noted(error, SendTimeoutError) from None
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """As socket.sendfile, which would wait for ever when the kernel's timeout has passed."""
@@ -67,7 +65,7 @@ class ClientSocket(socket.socket):
                     break
                 sent += done
         except OSError as error:
-            raise self._noted(error, SendTimeout) from None
+            raise self._noted(error, SendTimeoutError) from None
         return sent
 
     def _begin(self) -> None:

@@ -27,15 +27,6 @@ class State(Enum):
     CLOSED = auto()
 
 
-class Listener:
-    """One listening socket, under the name that the app sees as its server's."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.server: Address = sock.getsockname()
-        self.local = sock.family == socket.AF_UNIX
-
-
 class Connection:
     """A socket, and what is known of the request that is on it or on its way."""
 
@@ -45,9 +36,7 @@ class Connection:
         "state", "timer", "touched",
     )  # fmt: skip
 
-    def __init__(
-        self, sock: socket.socket, client: Address, server: Address, local: bool
-    ) -> None:
+    def __init__(self, sock: socket.socket, client: Address, server: Address, local: bool) -> None:
         self.sock = sock
         self.fd = sock.fileno()
         self.client = client
@@ -90,10 +79,9 @@ class Connection:
         return count[0]
 
     def wake_at(self, size: int) -> None:
-        """Have the kernel wake us when so many bytes lie there, and not before (TCP only)."""
-        if size != (self.mark or 1):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, size)
-        self.mark = size if size > 1 else 0
+        """Have the kernel wake us when so many bytes lie there, not before (TCP only); 0: any."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, size))
+        self.mark = size
 
     def next_request(self, ahead: bytes, carry: bytes) -> None:
         """The connection is between two requests."""

@@ -11,11 +11,10 @@ from replica_plugin import cortex_api, environment
 from replica_plugin.cortex_api import Api
 from replica_plugin.cortex_keys import APIS, KIND
 from replica_plugin.errors import Place, Problem
-from replica_plugin.layer import Layer, SectionReader, api_label, api_name, entries, line
+from replica_plugin.layer import Layer, SectionReader, api_label, api_name, entries, joined, line
 from replica_plugin.seen import Seen, from_node, shortened
 from replica_plugin.settings import KEYS
 from replica_plugin.target import check_target
-from replica_plugin.values import BadValue
 
 SHAPE_KEYS = ("name", "kind", "predictor")
 SERVED = "RealtimeAPI"
@@ -74,22 +73,19 @@ def _read_api(node: yaml.Node, place: Place, file: str) -> Api:
     if not isinstance(node, yaml.MappingNode):
         api.layer.add_problem(place, f"must be a mapping of keys (got {from_node(node)})")
         return api
-    try:
-        api.kind = _kind(node)
-    except BadValue as error:
-        # Which keys an API may have depends on its kind, so nothing more is said about this one.
-        key = f"{place.key}.kind".lstrip(".")
-        api.layer.add_problem(Place(place.where, key), str(error))
-        return api
-    SectionReader(file, api.layer).read(APIS[api.kind], node, place)
-    cortex_api.check(api)
+    _read_kind(api, node, file)
+    # Which keys an API may have depends on its kind: without one nothing more can be said.
+    if api.kind:
+        SectionReader(file, api.layer).read(APIS[api.kind], node, place)
+        cortex_api.check(api)
     return api
 
 
-def _kind(node: yaml.MappingNode) -> str:
-    pairs = entries(node)
-    seen = from_node(pairs["kind"][1]) if "kind" in pairs else Seen("", "null")
-    return str(KIND.parse(seen))
+def _read_kind(api: Api, node: yaml.MappingNode, file: str) -> None:
+    seen, where = Seen("", "null"), api.place.where
+    if pair := entries(node).get("kind"):
+        seen, where = from_node(pair[1]), f"{file}:{line(pair[0])}"
+    api.layer.take("kind", KIND, seen, Place(where, joined(api.place.key, "kind")))
 
 
 def _repeated_names(apis: list[Api]) -> list[Problem]:
@@ -108,7 +104,7 @@ def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem | None:
     names = ", ".join(shortened(api.name) for api in candidates)
     if not candidates:
         told = not all(api.kind for api in apis)
-        text = f"must have a {SERVED} to serve ({_kinds(apis)})"
+        text = f"must have a {SERVED} to serve (got {_kinds(apis)})"
         return None if told else Problem(Place(file), text)
     if not chosen:
         place, seen = Place(environment.WHERE, environment.API), Seen(wanted, "str")
@@ -120,8 +116,7 @@ def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem | None:
 
 
 def _kinds(apis: list[Api]) -> str:
-    told = (f"{shortened(api.name)} is a {api.kind}" for api in apis)
-    return ", ".join(told) or "the list is empty"
+    return ", ".join(f"{api.kind} {shortened(api.name)}" for api in apis) or "an empty list"
 
 
 def _notes(api: Api) -> list[str]:

@@ -24,8 +24,12 @@ class Api:
 
     place: Place
     name: str = ""
-    kind: str = ""
     layer: Layer = field(default_factory=Layer)
+
+    @property
+    def kind(self) -> str:
+        """Its kind, or nothing where that is bad."""
+        return str(self.get("kind", ""))
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.layer.values.get(key, default)

@@ -13,6 +13,8 @@ from replica_plugin.values import Anything, Choice, Integer, Kind, Nullable, Num
 
 MEBI = 2**20
 
+KIND = Choice(("RealtimeAPI", "AsyncAPI", "BatchAPI", "TaskAPI", "TrafficSplitter"))
+
 # The four keys that a Cortex file has for us, and where it has them.
 SETTINGS = {
     "processes_per_replica": "predictor.processes_per_replica",
@@ -98,7 +100,7 @@ _COMPUTE = Section(
 )
 _EVERY_API: dict[str, Kind | Section] = {
     "name": Text(),
-    "kind": Anything(),
+    "kind": KIND,
     "networking": Section({"endpoint": Text()}),
 }
 _SCALED: dict[str, Kind | Section] = {
@@ -125,4 +127,3 @@ APIS = {
     "TaskAPI": _TASK,
     "TrafficSplitter": _SPLITTER,
 }
-KIND = Choice(tuple(APIS))

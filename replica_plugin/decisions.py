@@ -257,7 +257,7 @@ class Decisions:
         self.stopping = True
 
     def drain(self) -> list[Action]:
-        """Nothing waits, and no client is left whose request could still become ready: all may go."""
+        """Nothing waits, and nothing can become ready any more: all processes may go."""
         self.drained = True
         return self._changed()
 
@@ -296,13 +296,8 @@ class Decisions:
 
     def _least_busy(self) -> Process | None:
         """The usable process with a credit that runs fewest; of equals, the longest unused."""
-        best = None
-        for process in self._usable:
-            if process.free and not process.blocked:
-                rank = (process.running, process.last_start)
-                if best is None or rank < best_rank:
-                    best, best_rank = process, rank
-        return best
+        able = [each for each in self._usable if each.free and not each.blocked]
+        return min(able, key=lambda each: (each.running, each.last_start), default=None)
 
     def _changed(self) -> list[Action]:
         """The set of processes or the rules changed: who leaves now, and who is usable."""

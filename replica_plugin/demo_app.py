@@ -15,8 +15,8 @@ import time
 from typing import Any
 
 from flask import Flask, Response, abort, jsonify, request
-from sklearn.datasets import load_digits  # type: ignore[import-untyped]  # it has no type hints
-from sklearn.svm import SVC  # type: ignore[import-untyped]
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
 
 MOST_FETCH_MS = 2000
 

@@ -21,14 +21,16 @@ import select
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from . import answers
 from .channel import Adopt, Job, Kind, Report
 from .clients import Clients
-from .connection import Connection, Listener
+from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
 from .journal import Journal
+from .listeners import Listener
 from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .rules import Stop, Wishes, decode_wishes
@@ -93,7 +95,7 @@ class Dispatcher:
                 others.append((fd, mask))
         for fd, mask in others:
             if fd in self._clients.listeners:
-                self._clients.accept(fd, now)
+                self._clients.on_listener(fd, now)
             elif fd == self._frame.nudge:
                 self._on_nudge(now)
             elif fd == self._frame.master_pidfd:
@@ -147,7 +149,8 @@ class Dispatcher:
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
             return answers.probe(self._decisions.is_ready, "ready", "not ready")
-        return answers.probe(self._decisions.is_healthy, "healthy", "no process is usable or booting")
+        healthy = self._decisions.is_healthy
+        return answers.probe(healthy, "healthy", "no process is usable or booting")
 
     # What the processes' side tells (processes.Office).
 
@@ -241,10 +244,8 @@ class Dispatcher:
     # What the master wants.
 
     def _on_nudge(self, now: float) -> None:
-        try:
+        with suppress(BlockingIOError):
             os.eventfd_read(self._frame.nudge)
-        except BlockingIOError:
-            pass
         self._read_page(now)
 
     def _read_page(self, now: float) -> None:
@@ -281,7 +282,7 @@ class Dispatcher:
             self._ended = True
 
     def _give_up_at(self, stop: Stop) -> float:
-        """When what still waits is told so: a second before the end, or a quarter if that is less."""
+        """When what still waits is refused: a second before the end, or a quarter if less."""
         return stop.deadline - min(1.0, self._wishes.graceful_timeout / 4)
 
     def _next_of_stop(self) -> float:

@@ -295,8 +295,9 @@ def _without_dispatcher(cfg: Config) -> str:
 def _describe(arbiter: Arbiter, loaded: Loaded) -> str:
     p, t = arbiter.num_workers, arbiter.cfg.threads
     bound = loaded.settings.max_replica_concurrency
+    mode = loaded.settings.mode
     return (
-        f"Replica: {p} processes x {t} threads = {p * t} requests at a time ({loaded.settings.mode} "
-        f"mode), up to {max(0, bound - p * t)} waiting (max_replica_concurrency {bound}), "
+        f"Replica: {p} processes x {t} threads = {p * t} requests at a time ({mode} mode), "
+        f"up to {max(0, bound - p * t)} waiting (max_replica_concurrency {bound}), "
         f"from {loaded.file or 'defaults'}"
     )

@@ -127,7 +127,7 @@ def _lines(text: bytes) -> tuple[str, str, str, list[tuple[str, str]]]:
 
 
 def _open(logging: Mapping[str, Any]) -> Logger:
-    """gunicorn's logger. A logconfig that needs the app's own modules is left out, with a warning."""
+    """gunicorn's logger; without a logconfig that needs the app's own modules."""
     try:
         return _logger(logging)
     except Exception as error:

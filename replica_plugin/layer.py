@@ -15,7 +15,7 @@ import yaml
 
 from replica_plugin.errors import Place, Problem
 from replica_plugin.seen import Seen, from_node, shortened
-from replica_plugin.values import BadValue, Kind
+from replica_plugin.values import BadValueError, Kind
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Layer:
         self.places[key] = place
         try:
             self.values[key] = kind.parse(seen)
-        except BadValue as error:
+        except BadValueError as error:
             self.bad.add(key)
             self.add_problem(place, str(error))
 

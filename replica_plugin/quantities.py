@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import ClassVar
 
 from replica_plugin.seen import LONGEST, Seen
-from replica_plugin.values import BadValue, Ranged, plain
+from replica_plugin.values import BadValueError, Ranged, plain
 
 # What Go's time.Duration holds, and what Python's timed waits take, ends after 292 years.
 LONGEST_DURATION = 2562047 * 3600
@@ -47,7 +47,7 @@ class Duration(Ranged):
         if value > LONGEST_DURATION:
             raise self._beyond("less than or equal to", LONGEST_DURATION, seen)
         if self.multiple_of and value % self.multiple_of:
-            raise BadValue(f"must be a multiple of {self.show(self.multiple_of)} (got {seen})")
+            raise BadValueError(f"must be a multiple of {self.show(self.multiple_of)} (got {seen})")
         return value
 
     def _seconds(self, seen: Seen) -> float:

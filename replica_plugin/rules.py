@@ -8,12 +8,14 @@ from typing import Any
 from .decisions import Rules
 from .head import Limits
 
+DEFAULT_LIMITS = Limits()
+
 
 @dataclass(frozen=True)
 class Serving:
     """How clients are treated. Times in seconds, sizes in bytes, probes as exact paths."""
 
-    limits: Limits = Limits()
+    limits: Limits = DEFAULT_LIMITS
     header_timeout: float = 10.0
     receive_timeout: float = 30.0
     send_timeout: float = 30.0

@@ -24,8 +24,20 @@ from gunicorn import http, util
 from gunicorn.http import wsgi
 from gunicorn.http.errors import NoMoreData
 
-from .channel import FREE, LARGEST, LEAVE, Address, Adopt, End, Job, Kind, Report, decode_job, receive
-from .client_socket import ClientSocket, ReceiveTimeout, SendTimeout
+from .channel import (
+    FREE,
+    LARGEST,
+    LEAVE,
+    Address,
+    Adopt,
+    End,
+    Job,
+    Kind,
+    Report,
+    decode_job,
+    receive,
+)
+from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
 from .pages import Cells
 
 if TYPE_CHECKING:
@@ -84,9 +96,7 @@ class Slot:
     def _on_first_byte(self) -> None:
         self._cells.answering(self._index)
 
-    def _report(
-        self, channel: socket.socket, job: Job, report: Report, sock: ClientSocket
-    ) -> None:
+    def _report(self, channel: socket.socket, job: Job, report: Report, sock: ClientSocket) -> None:
         try:
             channel.send(report.encode(), socket.MSG_NOSIGNAL)
         except OSError:
@@ -158,9 +168,7 @@ class Exchange:
         try:
             cfg.pre_request(self._worker, request)
             began = datetime.now()
-            response, environ = wsgi.create(
-                request, sock, self._job.client, self._job.server, cfg
-            )
+            response, environ = wsgi.create(request, sock, self._job.client, self._job.server, cfg)
             environ["wsgi.multithread"] = cfg.threads > 1
             self._worker.count_request()
             if self._job.last or not cfg.keepalive:
@@ -170,7 +178,7 @@ class Exchange:
         except Exception:
             if response is not None and response.headers_sent and sock.trouble is None:
                 self._log.exception("Error handling request %s", request.uri)
-                raise _CutShort from None
+                raise _CutShortError from None
             raise
         finally:
             self._after(environ, response)
@@ -225,16 +233,16 @@ class Exchange:
     def _on_error(self, error: BaseException) -> End:
         """Say what went wrong to the client, if it can still be told, and to the log."""
         trouble = self._sock.trouble
-        if isinstance(trouble, ReceiveTimeout) and not self._sock.answering:
+        if isinstance(trouble, ReceiveTimeoutError) and not self._sock.answering:
             return self._too_late()
-        if isinstance(trouble, SendTimeout):
+        if isinstance(trouble, SendTimeoutError):
             self._log.warning("A client took nothing for send_timeout: cut off")
             return End.ABORT
         if trouble is not None:
             if trouble.errno not in _CLIENT_GONE:
                 self._log.exception("Socket error processing request.")
             return End.ABORT
-        if not isinstance(error, _CutShort):
+        if not isinstance(error, _CutShortError):
             self._worker.handle_error(self._request, self._sock, self._job.client, error)
         return End.LINGER
 
@@ -249,5 +257,5 @@ class Exchange:
         return End.LINGER
 
 
-class _CutShort(Exception):
+class _CutShortError(Exception):
     """The app failed after the first byte: the client must see that something is missing."""

@@ -1,7 +1,7 @@
 """The kinds of value a key can have: how each is read, what its rule is, how it is written.
 
 A kind's `rule` completes "must be ..."; the messages and the reference table are made of it.
-`parse` raises BadValue with the whole message; `show` writes a value so that `parse` reads it
+`parse` raises BadValueError with the whole message; `show` writes a value so that `parse` reads it
 back. Durations and sizes are in quantities.py.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from replica_plugin.errors import ReplicaError
 from replica_plugin.seen import Seen, from_text
 
-# Cortex keeps its integers in 32 bits; so an integer is never too long to convert either.
+# Cortex keeps its integers in 32 bits.
 LARGEST_INT = 2**31 - 1
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -26,27 +26,31 @@ _YES_AND_NO = {
 }  # fmt: skip
 
 
-class BadValue(ReplicaError):
+class BadValueError(ReplicaError):
     """A value breaks its rule; str() gives the rule, the value seen and the next step."""
 
 
 class Kind:
-    """One kind of value."""
+    """One kind of value; `name` is its type in the reference table."""
 
     name: ClassVar[str]
     rule: str
 
     def parse(self, seen: Seen) -> Any:
+        """The value, or a BadValueError."""
         raise NotImplementedError
 
     def show(self, value: Any) -> str:
+        """The value as people write it."""
         return str(value)
 
     def from_environment(self, text: str) -> Seen:
+        """What the text of a variable is; a list has its own way."""
         return from_text(text)
 
-    def bad(self, seen: Seen, next_step: str = "") -> BadValue:
-        return BadValue(f"must be {self.rule} (got {seen}){next_step and '; '}{next_step}")
+    def bad(self, seen: Seen, next_step: str = "") -> BadValueError:
+        """The whole rule, for a value that is of another kind altogether."""
+        return BadValueError(f"must be {self.rule} (got {seen}){next_step and '; '}{next_step}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,7 @@ class Ranged(Kind):
         return " " + " and ".join(told) if told else ""
 
     def check(self, value: Any, seen: Seen) -> None:
+        """Raises BadValueError where the value is beyond a bound."""
         if self.least is not None and value < self.least:
             raise self._beyond("greater than or equal to", self.least, seen)
         if self.most is not None and value > self.most:
@@ -85,8 +90,8 @@ class Ranged(Kind):
         if self.below is not None and value >= self.below:
             raise self._beyond("less than", self.below, seen)
 
-    def _beyond(self, side: str, bound: float, seen: Seen) -> BadValue:
-        return BadValue(f"must be {side} {self.show(bound)} (got {seen})")
+    def _beyond(self, side: str, bound: float, seen: Seen) -> BadValueError:
+        return BadValueError(f"must be {side} {self.show(bound)} (got {seen})")
 
 
 @dataclass(frozen=True)
@@ -97,9 +102,8 @@ class Integer(Ranged):
     def parse(self, seen: Seen) -> int:
         if seen.tag != "int" or not _INTEGER.fullmatch(seen.text):
             raise self.bad(seen, self._next_step(seen))
-        if len(seen.text) > len(str(LARGEST_INT)) + 1:
-            raise self._beyond("less than or equal to", LARGEST_INT, seen)
-        value = int(seen.text)
+        # The first twelve characters tell that a longer number is too large.
+        value = int(seen.text[:12])
         self.check(value, seen)
         if value > LARGEST_INT:
             raise self._beyond("less than or equal to", LARGEST_INT, seen)
@@ -162,7 +166,7 @@ class Choice(Kind):
             if str(option) == seen.text and type(option).__name__ == seen.tag:
                 return option
         if seen.tag == "str" and seen.text in self.later:
-            raise BadValue(f"{seen.text} is not supported yet; write {self.rule}")
+            raise BadValueError(f"{seen.text} is not supported yet; write {self.rule}")
         raise self.bad(seen)
 
 
@@ -229,7 +233,6 @@ class Paths(Kind):
 class Anything(Kind):
     """Left alone."""
 
-    name: ClassVar[str] = "anything"
     rule: str = "anything"
 
     def parse(self, seen: Seen) -> Seen:
@@ -241,7 +244,6 @@ class Nullable(Kind):
     """Another kind, or null."""
 
     kind: Kind
-    name: ClassVar[str] = "or null"
 
     @property
     def rule(self) -> str:  # type: ignore[override]  # that of the other kind
@@ -256,11 +258,10 @@ class Later(Kind):
     """A kind whose rule is fixed already, though nothing acts on its values yet."""
 
     kind: Kind
-    name: ClassVar[str] = "not yet"
 
     def parse(self, seen: Seen) -> Any:
         self.kind.parse(seen)
-        raise BadValue(f"is not supported yet (got {seen}); remove it")
+        raise BadValueError(f"is not supported yet (got {seen}); remove it")
 
     def from_environment(self, text: str) -> Seen:
         return self.kind.from_environment(text)

@@ -206,8 +206,10 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         busy = self._cells.begun()
         if busy != getattr(self, "_seen", None):
             self._seen, self._seen_at = busy, time.monotonic()
-        return bool(busy) and bool(self.cfg.timeout) and (
-            time.monotonic() - self._seen_at > self.cfg.timeout
+        return (
+            bool(busy)
+            and bool(self.cfg.timeout)
+            and (time.monotonic() - self._seen_at > self.cfg.timeout)
         )
 
     def _is_overdue(self) -> bool:
@@ -260,9 +262,7 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             self._leaving_since is not None,
         )
         try:
-            send_register(
-                self._control, offer, theirs.fileno(), self._cells.fd, self._own_pidfd
-            )
+            send_register(self._control, offer, theirs.fileno(), self._cells.fd, self._own_pidfd)
         except OSError as error:
             self.log.debug("No dispatcher takes registrations: %s", error)
         theirs.close()

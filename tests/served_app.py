@@ -31,9 +31,7 @@ def application(environ, start_response):
 def answer(start_response, body, status="200 OK", kind="text/plain", **headers):
     body = body if isinstance(body, bytes) else body.encode()
     fields = [(name.replace("_", "-"), value) for name, value in headers.items()]
-    start_response(
-        status, [("Content-Type", kind), ("Content-Length", str(len(body))), *fields]
-    )
+    start_response(status, [("Content-Type", kind), ("Content-Length", str(len(body))), *fields])
     return [body]
 
 

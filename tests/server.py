@@ -13,13 +13,15 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
-from replica_plugin.pages import Numbers, ReplicaPage
 from stage import PATIENCE
+
+from replica_plugin.pages import Numbers, ReplicaPage
 
 TESTS = Path(__file__).parent
 OURS = ("-c", "python:replica_plugin.conf")
@@ -127,7 +129,7 @@ class Server:
     # Whom it consists of.
 
     def children(self, pid: int | None = None) -> list[int]:
-        """The pids of a process's children that are no zombies; the master's without an argument."""
+        """The pids of a process's living children; the master's without an argument."""
         pid = pid or self.process.pid
         found = []
         for each in Path("/proc").glob("[0-9]*/stat"):
@@ -178,7 +180,7 @@ class Server:
 
     def stop(self, number: int = signal.SIGTERM) -> int:
         """Stop it and wait for its end: its exit code."""
-        helpers = [pid for pid in self.children()]
+        helpers = list(self.children())
         helpers += [child for pid in helpers for child in self.children(pid)]
         self.process.send_signal(number)
         code = self.process.wait(PATIENCE)
@@ -190,10 +192,8 @@ class Server:
         pids = [self.process.pid, *self.children()]
         pids += [child for pid in pids[1:] for child in self.children(pid)]
         for pid in pids:
-            try:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.process.wait()
 
     # Requests.
@@ -258,7 +258,9 @@ class Client:
         self.sock.sendall(data.encode("latin-1") if isinstance(data, str) else data)
         return self
 
-    def ask(self, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> Client:
+    def ask(
+        self, path: str, method: str = "GET", body: bytes | None = None, **headers: str
+    ) -> Client:
         """Send a request, whole."""
         fields = {"Host": "test", **{k.replace("_", "-"): v for k, v in headers.items()}}
         if body is not None:

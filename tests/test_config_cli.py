@@ -82,10 +82,12 @@ def test_init_in_a_folder_that_is_gone_says_so(tmp_path: Path, capsys: Output) -
     assert capsys.readouterr().err == expected
 
 
-def test_check_shows_the_settings_and_what_they_mean(capsys: Output) -> None:
+def test_check_shows_the_settings_and_what_they_mean(
+    monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
     Path("replica.yaml").write_text("processes_per_replica: 2\nthreads_per_process: 2\n")
-    os.environ["REPLICA_QUEUE_TIMEOUT"] = "1m30s"
-    os.environ["REPLICA_ID"] = "7"
+    monkeypatch.setenv("REPLICA_QUEUE_TIMEOUT", "1m30s")
+    monkeypatch.setenv("REPLICA_ID", "7")
     assert main(["check"]) == 0
     assert capsys.readouterr().out == (
         "processes_per_replica       2       replica.yaml:1\n"

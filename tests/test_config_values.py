@@ -92,6 +92,8 @@ def test_a_number_beyond_a_bound_is_told_the_bound(key: str, value: str, message
 def test_an_integer_too_long_to_convert_is_refused() -> None:
     message = f"must be less than or equal to 2147483647 (got {'1' * 57}...)"
     assert refusal("threads_per_process", "1" * 5000) == message
+    message = f"must be greater than or equal to 1 (got -{'1' * 56}...)"
+    assert refusal("threads_per_process", "-" + "1" * 5000) == message
 
 
 @pytest.mark.parametrize(("value", "number"), [("2", 2.0), ("0.5", 0.5), ("1.5e+2", 150.0)])

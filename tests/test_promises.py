@@ -48,7 +48,7 @@ def test_requests_begin_in_the_order_in_which_they_became_ready(server, stage):
         waiting.append(server.connect().ask(f"/hold/{n}"))
         server.wait_numbers(waiting=n + 1)
     order = []
-    for n in range(12):
+    for _ in range(12):
         actors.pop(0).finish()
         actors.append(stage.next())
         order.append(actors[-1].name)

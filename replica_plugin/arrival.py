@@ -1,0 +1,135 @@
+"""How much of a request has come: seen with MSG_PEEK and FIONREAD, without taking a byte.
+
+A request is ready when it is complete, or when more of it need not or cannot be awaited:
+`request_buffer` bytes of the body are there; the client expects 100 Continue; the kernel
+woke us below the mark we set, being short of memory; a Unix client has been silent for a
+moment, since its own buffer may be full. The last two are judged by the caller.
+
+A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
+The mark is kernel memory, so all marks together are bounded; and it travels with the
+connection, so it is taken back before a slot gets that.
+"""
+
+from __future__ import annotations
+
+import socket
+from enum import Enum, auto
+
+from .connection import Connection
+from .head import Head, HeadTooLarge, read_head
+from .rules import Serving
+
+PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
+CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
+ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
+_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+
+
+class Sight(Enum):
+    """What a look at a connection shows of its next request."""
+
+    LEFT = auto()  # the client has closed
+    PART = auto()  # nothing, or not enough
+    READY = auto()
+    TOO_LARGE = auto()  # a head beyond the limits
+
+
+class Arrivals:
+    """Looks at connections. `serving` may be replaced at any time."""
+
+    def __init__(self, serving: Serving) -> None:
+        self.serving = serving
+        self.buffer = bytearray(PEEK)
+        self._marks = 0
+
+    def look(self, conn: Connection) -> Sight:
+        """See how much has come, and the head once it is there."""
+        try:
+            if conn.head is not None and not conn.head.chunked:
+                self.measure(conn)
+                return Sight.READY if conn.arrived >= self._enough(conn.head) else Sight.PART
+            data = self._peek(conn)
+        except OSError:
+            return Sight.LEFT
+        if data is None:
+            return Sight.LEFT
+        try:
+            return Sight.READY if data and self._is_ready(conn, data) else Sight.PART
+        except HeadTooLarge:
+            conn.head = Head(len(data))
+            return Sight.TOO_LARGE
+
+    def measure(self, conn: Connection) -> None:
+        """Count what has come, without looking at it."""
+        conn.arrived = len(conn.ahead) + conn.unread()
+
+    def expect_body(self, conn: Connection, head: Head) -> bool:
+        """Have the kernel wake us when enough is there; False if too much is awaited already."""
+        if conn.local or head.chunked:
+            return True
+        mark = self._enough(head) - len(conn.ahead)
+        if self._marks + mark > ALL_MARKS:
+            return False
+        self._marks += mark
+        conn.wake_at(mark)
+        return True
+
+    def forget_body(self, conn: Connection) -> None:
+        """Nothing more is awaited on this connection."""
+        if conn.mark:
+            self._marks -= conn.mark
+            conn.wake_at(0)
+
+    def take(self, conn: Connection, size: int) -> None:
+        """Take exactly so many bytes, which have come, off the connection. Raises OSError."""
+        ahead, conn.ahead = conn.ahead[:size], conn.ahead[size:]
+        size -= len(ahead)
+        while size > 0:
+            part = min(size, len(self.buffer))
+            size -= conn.sock.recv_into(self.buffer, part, socket.MSG_DONTWAIT)
+
+    def _peek(self, conn: Connection) -> bytes | None:
+        """What lies there, as much of it as may matter; None at the end of the stream."""
+        while True:
+            try:
+                size = conn.sock.recv_into(self.buffer, 0, _PEEK)
+            except BlockingIOError:
+                size = 0
+            else:
+                if not size and not conn.ahead:
+                    return None
+                conn.hung_up = conn.hung_up or not size
+            data = conn.ahead + memoryview(self.buffer)[:size]
+            conn.arrived = len(data)
+            if size < len(self.buffer):
+                return data
+            if not self._wants_more(conn, data):
+                self.measure(conn)
+                return data
+            self.buffer = bytearray(4 * len(self.buffer))
+
+    def _wants_more(self, conn: Connection, data: bytes) -> bool:
+        """Whether the buffer, which is full, is too small for what it must show."""
+        if conn.head is None and data.find(b"\r\n\r\n", 2) < 0:
+            return len(data) <= self.serving.limits.head
+        head = conn.head or read_head(data, self.serving.limits, conn.number == 1)
+        return head is not None and head.chunked and len(data) < self._enough(head)
+
+    def _is_ready(self, conn: Connection, data: bytes) -> bool:
+        """Raises HeadTooLarge."""
+        head = conn.head
+        if head is None:
+            head = conn.head = read_head(data, self.serving.limits, conn.number == 1)
+            if head is None:
+                return False
+        if not head.has_body or head.expects:
+            return True
+        if head.chunked and data.endswith(b"0\r\n\r\n"):
+            return True
+        return conn.arrived >= self._enough(head)
+
+    def _enough(self, head: Head) -> int:
+        """How many bytes make a request ready; for a chunked one, if its end is not seen."""
+        if head.chunked:
+            return head.size + min(self.serving.request_buffer, CHUNKED_LOOK)
+        return head.size + min(head.length or 0, self.serving.request_buffer)

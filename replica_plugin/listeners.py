@@ -1,0 +1,84 @@
+"""The listening sockets. Only the dispatcher accepts from them."""
+
+from __future__ import annotations
+
+import errno
+import math
+import select
+import socket
+from collections.abc import Iterable, Iterator
+
+from .channel import Address
+from .connection import Connection
+
+ACCEPTS = 64  # connections taken in one turn, so that clients cannot keep the loop from the rest
+PAUSE = 0.1  # seconds without accept when descriptors or memory have run out
+_SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Listener:
+    """One listening socket, under the name that the app sees as its server's."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.server: Address = sock.getsockname()
+        self.local = sock.family == socket.AF_UNIX
+
+    def accept(self) -> Connection:
+        """A new connection. Raises OSError."""
+        sock, client = self.sock.accept()
+        return Connection(sock, client, self.server, self.local)
+
+
+class Listeners:
+    """All of them, by descriptor."""
+
+    def __init__(self, epoll: select.epoll, listeners: Iterable[Listener]) -> None:
+        self.paused_until = math.inf
+        self._epoll = epoll
+        self._listeners = {each.sock.fileno(): each for each in listeners}
+        for fd in self._listeners:
+            epoll.register(fd, select.EPOLLIN)
+
+    def __contains__(self, fd: int) -> bool:
+        return fd in self._listeners
+
+    def fds(self) -> list[int]:
+        return list(self._listeners)
+
+    def accept(self, fd: int, now: float) -> Iterator[Connection | None]:
+        """New connections, up to ACCEPTS; None at the end if there are no more for now."""
+        for _ in range(ACCEPTS):
+            try:
+                yield self._listeners[fd].accept()
+            except BlockingIOError:
+                yield None
+                return
+            except OSError as error:
+                if error.errno in _SHORTAGE:
+                    self._pause(now)
+                    yield None
+                    return
+
+    def close(self) -> None:
+        """Listen no more; the kernel refuses connects once nobody holds the socket."""
+        while self._listeners:
+            fd, listener = self._listeners.popitem()
+            self._epoll.unregister(fd)
+            listener.sock.close()
+        self.paused_until = math.inf
+
+    def tick(self, now: float) -> None:
+        if self.paused_until <= now:
+            self.paused_until = math.inf
+            self._listen(select.EPOLLIN)
+
+    def _pause(self, now: float) -> None:
+        """An event that nothing is done about would keep the loop spinning."""
+        if self.paused_until == math.inf:
+            self._listen(0)
+        self.paused_until = now + PAUSE
+
+    def _listen(self, mask: int) -> None:
+        for fd in self._listeners:
+            self._epoll.modify(fd, mask)
