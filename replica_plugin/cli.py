@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from replica_plugin import check, templates
-from replica_plugin.errors import ConfigError
-from replica_plugin.load import load
+from .config import check, templates
+from .config.load import load
+from .errors import ConfigError
 
 INTERRUPTED = 130
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: list[str]) -> int:
     # The demo has options of its own, which argparse would try to understand here.
     if argv[:1] == ["demo"]:
-        from replica_plugin import demo
+        from . import demo
 
         return demo.main(argv[1:])
     options = _parser().parse_args(argv)

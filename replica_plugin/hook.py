@@ -21,8 +21,8 @@ from typing import Any
 
 from gunicorn.config import Config
 
+from .config.load import Loaded, load
 from .errors import BootError, ConfigError
-from .load import Loaded, load
 from .master import Arbiter, Master
 
 WORKER = "replica_plugin.worker.ThreadWorker"

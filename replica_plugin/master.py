@@ -28,11 +28,11 @@ import gunicorn
 from gunicorn.config import Config
 
 from . import journal
+from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
 from .pages import MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
-from .settings import Settings
 from .supervisor import Inheritance
 
 STARTER = (

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from replica_plugin import demo, templates
+from replica_plugin import demo
 from replica_plugin.cli import main
+from replica_plugin.config import templates
 
 
 @pytest.fixture(autouse=True)

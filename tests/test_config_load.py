@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from replica_plugin.config.load import load
+from replica_plugin.config.settings import KEYS, Settings
 from replica_plugin.errors import ConfigError
-from replica_plugin.load import load
-from replica_plugin.settings import KEYS, Settings
 
 CORTEX = "- name: a\n  kind: RealtimeAPI\n  predictor:\n    threads_per_process: 2\n"
 

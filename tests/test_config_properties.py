@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
+from replica_plugin.config.load import load
+from replica_plugin.config.settings import Settings, show, supported
 from replica_plugin.errors import ConfigError
-from replica_plugin.load import load
-from replica_plugin.settings import Settings, show, supported
 
 seconds = st.integers(1, 10**15).map(lambda nanoseconds: nanoseconds / 1e9)
 prefixes = st.lists(st.text("abz09-_.~:@!$&'()*+,;=%{}[]", min_size=1)).map(

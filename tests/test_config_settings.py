@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from replica_plugin import templates
-from replica_plugin.load import load
-from replica_plugin.settings import KEYS, Settings, reference_table, supported
+from replica_plugin.config import templates
+from replica_plugin.config.load import load
+from replica_plugin.config.settings import KEYS, Settings, reference_table, supported
 
 
 @pytest.fixture(autouse=True)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from replica_plugin.config.load import load
 from replica_plugin.errors import ConfigError
-from replica_plugin.load import load
 
 
 @pytest.fixture(autouse=True)

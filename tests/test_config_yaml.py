@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from replica_plugin.config.load import load
+from replica_plugin.config.settings import Settings
 from replica_plugin.errors import ConfigError
-from replica_plugin.load import load
-from replica_plugin.settings import Settings
 
 
 @pytest.fixture(autouse=True)

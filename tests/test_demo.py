@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from replica_plugin import demo
-from replica_plugin.demo_burst import Row, faults, name_slots, sentence
-from replica_plugin.demo_chart import ASCII, UNICODE, choose_glyphs, colour, draw
-from replica_plugin.demo_server import DemoError, Server
+from replica_plugin.demo.burst import Row, faults, name_slots, sentence
+from replica_plugin.demo.chart import ASCII, UNICODE, choose_glyphs, colour, draw
+from replica_plugin.demo.server import DemoError, Server
 
 DEADLINE = 120
 COMMAND = [sys.executable, "-m", "replica_plugin", "demo"]

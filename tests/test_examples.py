@@ -11,7 +11,7 @@ from http.client import HTTPConnection
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from replica_plugin.demo_server import Server
+from replica_plugin.demo.server import Server
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEADLINE = 120

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from replica_plugin.layer import Layer
-from replica_plugin.settings import KEYS, show
+from .layer import Layer
+from .settings import KEYS, show
 
 BOUND = "max_replica_concurrency"
 TARGET = "target_replica_concurrency"

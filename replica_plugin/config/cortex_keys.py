@@ -6,10 +6,10 @@ here: this plugin serves the app that gunicorn loads, so those keys are left alo
 
 from __future__ import annotations
 
-from replica_plugin.layer import Section
-from replica_plugin.quantities import Duration, Quantity
-from replica_plugin.settings import KEYS
-from replica_plugin.values import Anything, Choice, Integer, Kind, Nullable, Number, Text
+from .layer import Section
+from .quantities import Duration, Quantity
+from .settings import KEYS
+from .values import Anything, Choice, Integer, Kind, Nullable, Number, Text
 
 MEBI = 2**20
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 
-from replica_plugin.errors import Place, Problem
-from replica_plugin.seen import Seen, from_node, shortened
-from replica_plugin.values import BadValueError, Kind
+from ..errors import Place, Problem
+from .seen import Seen, from_node, shortened
+from .values import BadValueError, Kind
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import ClassVar
 
-from replica_plugin.seen import LONGEST, Seen
-from replica_plugin.values import BadValueError, Ranged, plain
+from .seen import LONGEST, Seen
+from .values import BadValueError, Ranged, plain
 
 # What Go's time.Duration holds, and what Python's timed waits take, ends after 292 years.
 LONGEST_DURATION = 2562047 * 3600

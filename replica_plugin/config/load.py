@@ -6,12 +6,12 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from replica_plugin import cortex, environment, flat, yaml_file
-from replica_plugin.errors import ConfigError, Place, Problem
-from replica_plugin.layer import Layer
-from replica_plugin.seen import Seen, printable
-from replica_plugin.settings import KEYS, Settings
-from replica_plugin.target import check_target
+from ..errors import ConfigError, Place, Problem
+from . import cortex, environment, flat, yaml_file
+from .layer import Layer
+from .seen import Seen, printable
+from .settings import KEYS, Settings
+from .target import check_target
 
 # The first that is there, in the working directory.
 USUAL_FILES = ("replica.yaml", "cortex.yaml")

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import Field
 from typing import Any
 
-from replica_plugin.settings import show, supported
+from .settings import show, supported
 
 CONF = """\
 # gunicorn -c replica_plugin.conf app:app

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 
-from replica_plugin.errors import Place
-from replica_plugin.layer import Layer
-from replica_plugin.seen import shortened
-from replica_plugin.settings import kinds
+from ..errors import Place
+from .layer import Layer
+from .seen import shortened
+from .settings import kinds
 
 PREFIX = "REPLICA_"
 FILE = "REPLICA_CONFIG"

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from replica_plugin.errors import ConfigError
-from replica_plugin.load import USUAL_FILES, Loaded
-from replica_plugin.settings import Settings, show, supported
+from ..errors import ConfigError
+from .load import USUAL_FILES, Loaded
+from .settings import Settings, show, supported
 
 
 def report(loaded: Loaded) -> str:

@@ -10,8 +10,18 @@ from collections.abc import Iterator, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-from replica_plugin.quantities import Duration, Size
-from replica_plugin.values import Boolean, Choice, Integer, Kind, Later, Number, Paths, Prefix, Text
+from .quantities import Duration, Size
+from .values import (
+    Boolean,
+    Choice,
+    Integer,
+    Kind,
+    Later,
+    Number,
+    Paths,
+    Prefix,
+    Text,
+)
 
 _ADDRESS = r"unix:.+|(\[[0-9A-Fa-f:.]+\]|[^\s:/]*):[0-9]{1,5}"
 

@@ -19,12 +19,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 
-from replica_plugin.demo_burst import LONGEST, SHORTEST, Row, faults, name_slots, send, sentence
-from replica_plugin.demo_chart import choose_glyphs, colour, draw, wants_colour
-from replica_plugin.demo_server import DemoError, Server, handling
+from .burst import LONGEST, SHORTEST, Row, faults, name_slots, send, sentence
+from .chart import choose_glyphs, colour, draw, wants_colour
+from .server import DemoError, Server, handling
 
 PACKAGES = {"flask": "flask", "sklearn": "scikit-learn"}
-ARGUMENTS = ["-c", "python:replica_plugin.conf", "replica_plugin.demo_app:app"]
+ARGUMENTS = ["-c", "python:replica_plugin.conf", "replica_plugin.demo.app:app"]
 MOST = 8  # more bars than 8 x 8 + 1 nobody reads
 WIDEST = 100
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from replica_plugin.demo_burst import Row, Slot
+from .burst import Row, Slot
 
 NARROWEST = 20  # columns a bar needs to say anything
 TICK_DISTANCE = 8  # columns; a label takes at most 6

@@ -7,14 +7,22 @@ from __future__ import annotations
 
 import yaml
 
-from replica_plugin import cortex_api, environment
-from replica_plugin.cortex_api import Api
-from replica_plugin.cortex_keys import APIS, KIND
-from replica_plugin.errors import Place, Problem
-from replica_plugin.layer import Layer, SectionReader, api_label, api_name, entries, joined, line
-from replica_plugin.seen import Seen, from_node, shortened
-from replica_plugin.settings import KEYS
-from replica_plugin.target import check_target
+from ..errors import Place, Problem
+from . import cortex_api, environment
+from .cortex_api import Api
+from .cortex_keys import APIS, KIND
+from .layer import (
+    Layer,
+    SectionReader,
+    api_label,
+    api_name,
+    entries,
+    joined,
+    line,
+)
+from .seen import Seen, from_node, shortened
+from .settings import KEYS
+from .target import check_target
 
 SHAPE_KEYS = ("name", "kind", "predictor")
 SERVED = "RealtimeAPI"

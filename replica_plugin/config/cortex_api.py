@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from replica_plugin.cortex_keys import SETTINGS
-from replica_plugin.errors import Place
-from replica_plugin.layer import Layer
-from replica_plugin.values import plain
+from ..errors import Place
+from .cortex_keys import SETTINGS
+from .layer import Layer
+from .values import plain
 
 PROCESSES = "predictor.processes_per_replica"
 THREADS = "predictor.threads_per_process"

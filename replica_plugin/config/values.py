@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
 
-from replica_plugin.errors import ReplicaError
-from replica_plugin.seen import Seen, from_text
+from ..errors import ReplicaError
+from .seen import Seen, from_text
 
 # Cortex keeps its integers in 32 bits.
 LARGEST_INT = 2**31 - 1

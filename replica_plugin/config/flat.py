@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import yaml
 
-from replica_plugin.errors import Place
-from replica_plugin.layer import Layer, Section, SectionReader
-from replica_plugin.settings import kinds
+from ..errors import Place
+from .layer import Layer, Section, SectionReader
+from .settings import kinds
 
 
 def read(node: yaml.Node, file: str) -> Layer:

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import yaml
 
-from replica_plugin.errors import ConfigError, Place, Problem
-from replica_plugin.layer import api_label, joined, line
-from replica_plugin.seen import from_node, printable, shortened
+from ..errors import ConfigError, Place, Problem
+from .layer import api_label, joined, line
+from .seen import from_node, printable, shortened
 
 LARGEST_FILE = 2**20
 # No file of ours or of Cortex's nests deeper than ten; the composer recurses.

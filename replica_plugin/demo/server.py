@@ -20,7 +20,7 @@ from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from replica_plugin.errors import ReplicaError
+from ..errors import ReplicaError
 
 LISTENING = re.compile(r"Listening at: http://127\.0\.0\.1:(\d+)")
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
