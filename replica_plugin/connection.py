@@ -80,7 +80,7 @@ class Connection:
 
     def wake_at(self, size: int) -> None:
         """Have the kernel wake us when so many bytes lie there, not before (TCP only); 0: any."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, max(1, size))
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(max(1, size), 1 << 30))
         self.mark = size
 
     def next_request(self, ahead: bytes, carry: bytes) -> None:

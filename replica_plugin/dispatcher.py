@@ -261,7 +261,7 @@ class Dispatcher:
         self._wishes = wishes
         self._clients.serve(wishes.serving)
         self._perform(self._decisions.ruled(wishes.rules, wishes.live, now), now)
-        if wishes.stop is not None and (self._stop is None or not wishes.stop.graceful):
+        if wishes.stop is not None and wishes.stop != self._stop:
             self._begin_stop(wishes.stop, now)
 
     def _on_master_death(self, now: float) -> None:

@@ -17,13 +17,15 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
 
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError
-from .master import Arbiter, Master
+
+if TYPE_CHECKING:  # what follows needs epoll and more, which not every system has
+    from .master import Arbiter, Master
 
 WORKER = "replica_plugin.worker.ThreadWorker"
 FALLBACK = "gthread"
@@ -90,6 +92,8 @@ def check_config(cfg: Config, log: Any) -> None:
 
 def _when_ready(arbiter: Arbiter) -> None:
     global _master
+    from .master import Master
+
     assert _loaded is not None
     _master = Master(arbiter, _loaded.settings)
     _wrap(arbiter, _master)

@@ -98,8 +98,8 @@ class Journal:
         self._held.clear()
 
     def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
-        if not (self._logger.cfg.accesslog or getattr(self._logger, "access_log_enabled", True)):
-            return
+        if type(self._logger) is Logger and not getattr(self._logger, "access_log_enabled", True):
+            return  # statsd's counts them whether there is an access log or not
         method, target, version, headers = _lines(conn.head.text if conn.head else b"")
         names = {name.upper(): value for name, value in headers}
         client = conn.client

@@ -70,6 +70,7 @@ class Master:
         self._arbiter = arbiter
         self._stop: Stop | None = None
         self._reopen = 0
+        self._told = 0
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self._nudges = (os.eventfd(0, flags), os.eventfd(0, flags))
         self.adopt(settings)
@@ -81,10 +82,23 @@ class Master:
         self.tell()
 
     def tell(self, *forking: int) -> None:
-        """Write what is wanted now, and wake its readers. `forking` are ages about to be born."""
+        """Write what is wanted now, and wake its readers. `forking` are ages about to be born.
+
+        gunicorn before 24 calls hooks in a signal handler. One that comes in the middle of
+        this writes the page first, so what we were writing is older: write again.
+        """
+        while True:
+            self._told += 1
+            turn = self._told
+            self.page.write(self._wishes(forking).encode())
+            if turn == self._told:
+                break
+        for nudge in self._nudges:
+            os.eventfd_write(nudge, 1)
+
+    def _wishes(self, forking: tuple[int, ...]) -> Wishes:
         cfg = self._arbiter.cfg
-        live = {worker.age: pid for pid, worker in self._arbiter.WORKERS.items()}
-        wishes = Wishes(
+        return Wishes(
             rules=Rules(
                 self._arbiter.num_workers,
                 cfg.threads,
@@ -92,16 +106,13 @@ class Master:
                 self.settings.queue_timeout,
             ),
             serving=_serving(self.settings, cfg),
-            live=live | dict.fromkeys(forking, 0),
+            live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
             graceful_timeout=cfg.graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
             stop=self._stop,
             reopen=self._reopen,
         )
-        self.page.write(wishes.encode())
-        for nudge in self._nudges:
-            os.eventfd_write(nudge, 1)
 
     def stop(self, graceful: bool) -> None:
         """A stop begins. A quick one after a graceful one takes over, not the other way round."""

@@ -46,14 +46,13 @@ class Privileges:
 class Wishes:
     """Everything the master's page says.
 
-    `live` maps the age of each process that the master has forked to its pid (0 until
-    known). `reopen` counts the requests to reopen the logs. `logging` are gunicorn's own
-    settings of that name.
+    `live` are the ages of the processes that the master has forked. `reopen` counts the
+    requests to reopen the logs. `logging` are gunicorn's own settings of that name.
     """
 
     rules: Rules
     serving: Serving
-    live: dict[int, int]
+    live: tuple[int, ...]
     graceful_timeout: float
     privileges: Privileges
     logging: dict[str, Any]
@@ -79,7 +78,7 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
                 "probes": tuple(path.encode("latin-1") for path in serving["probes"]),
             }
         ),
-        live={int(age): pid for age, pid in state["live"].items()},
+        live=tuple(state["live"]),
         graceful_timeout=state["graceful_timeout"],
         privileges=Privileges(**state["privileges"]),
         logging=state["logging"],
