@@ -23,7 +23,7 @@ import socket
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
-from .answers import Answer, body_too_late, head_too_large, head_too_late
+from .answers import UNTAKEN, Answer, body_too_late, head_too_large, head_too_late
 from .arrival import PEEK, Arrivals, Sight
 from .channel import Adopt, End
 from .connection import Connection, State
@@ -197,7 +197,9 @@ class Clients:
 
     def give_back(self, conn: Connection, end: End, ahead: bytes, carry: bytes, now: float) -> None:
         """A slot has reported the request done."""
-        if end is End.KEEP:
+        if end is End.UNTAKEN:
+            self.answer(conn, UNTAKEN, now)
+        elif end is End.KEEP:
             conn.next_request(ahead, carry)
             self._go_on(conn, now)
         elif end is End.LINGER or (end is End.CLOSE and conn.unread()):

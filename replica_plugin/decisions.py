@@ -28,8 +28,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
-DRAIN_WINDOW = 10.0
-"""Seconds over which the rate of starts is averaged for `retry_after`."""
+from .rate import Rate
 
 
 class Why(Enum):
@@ -119,7 +118,7 @@ class Decisions:
         self.was_ready = False
         self._usable: list[Process] = []
         self._starts = 0
-        self._rate = _Rate()
+        self._rate = Rate()
 
     def __repr__(self) -> str:
         return f"<Replica {self.running}/{self.rules.cap} running, {len(self.waiting)} waiting>"
@@ -359,28 +358,3 @@ class Decisions:
         if process is not None:
             self.running -= process.running
         return process
-
-
-class _Rate:
-    """Starts a second, averaged over DRAIN_WINDOW with exponentially fading weights."""
-
-    def __init__(self) -> None:
-        self._weight = 0.0
-        self._last = 0.0
-        self._since: float | None = None
-
-    def count(self, now: float) -> None:
-        if self._since is None:
-            self._since = now
-        self._weight = self._faded(now) + 1.0
-        self._last = now
-
-    def per_second(self, now: float) -> float:
-        """The rate; a history shorter than the window is not mistaken for a slow one."""
-        if self._since is None:
-            return 0.0
-        seen = -math.expm1(-max(now - self._since, 1.0) / DRAIN_WINDOW)
-        return self._faded(now) / (DRAIN_WINDOW * seen)
-
-    def _faded(self, now: float) -> float:
-        return self._weight * math.exp((self._last - now) / DRAIN_WINDOW)

@@ -29,6 +29,7 @@ from .channel import Adopt, Job, Kind, Report
 from .clients import Clients
 from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
+from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
 from .pages import MasterPage, Numbers, ReplicaPage
@@ -66,9 +67,11 @@ class Dispatcher:
         listeners = [Listener(socket.socket(fileno=os.dup(s.fileno()))) for s in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stop: Stop | None = None
-        self._expected: dict[int, tuple[int, int, int]] = {}  # pidfd to age, slots, pid
+        self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._ended = False
-        self._inherit()
+        self._decisions.was_ready = self._heritage.was_ready
+        for age, slots, _ in self._heritage.rows():
+            self._decisions.expected(age, slots)
         for fd in (frame.nudge, frame.master_pidfd):
             self._epoll.register(fd, select.EPOLLIN)
         self._obey(wishes, time.monotonic())
@@ -100,8 +103,9 @@ class Dispatcher:
                 self._on_nudge(now)
             elif fd == self._frame.master_pidfd:
                 self._on_master_death(now)
-            elif fd in self._expected:
-                self._on_expected_death(fd, now)
+            elif fd in self._heritage:
+                age = self._heritage.died(fd)
+                self._perform(self._decisions.died(age, (), now), now)
             else:
                 self._processes.on_event(fd, mask, now)
 
@@ -156,7 +160,7 @@ class Dispatcher:
 
     def on_registered(self, link: Link, again: bool, leaving: bool) -> None:
         now = time.monotonic()
-        self._forget_expected(link.age)
+        self._heritage.back(link.age)
         owed = link.slots if again else 0
         self._perform(self._decisions.registered(link.age, link.slots, owed), now)
         if leaving:
@@ -298,44 +302,6 @@ class Dispatcher:
         gone = not self._clients.connections and not self._processes.links
         self._ended = self._ended or (gone and self._decisions.drained) or now > stop.deadline + 1
 
-    # What our predecessor knew.
-
-    def _inherit(self) -> None:
-        """Count what processes of our predecessor may be running, until they register again."""
-        page = self._frame.replica_page
-        self._decisions.was_ready = bool(page.read().was_ready)
-        for age, slots, pid in page.read_table():
-            pidfd = _open_child(pid, self._frame.master_pid)
-            if pidfd is not None:
-                self._decisions.expected(age, slots)
-                self._expected[pidfd] = (age, slots, pid)
-                self._epoll.register(pidfd, select.EPOLLIN)
-
-    def _on_expected_death(self, pidfd: int, now: float) -> None:
-        age = self._expected[pidfd][0]
-        self._forget_expected(age)
-        self._perform(self._decisions.died(age, (), now), now)
-
-    def _forget_expected(self, age: int) -> None:
-        for pidfd in [fd for fd, row in self._expected.items() if row[0] == age]:
-            del self._expected[pidfd]
-            self._epoll.unregister(pidfd)
-            os.close(pidfd)
-
     def _write_table(self) -> None:
         rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]
-        self._frame.replica_page.write_table(rows + list(self._expected.values()))
-
-
-def _open_child(pid: int, parent: int) -> int | None:
-    """A pidfd of a process that is still what it was: a child of this parent. Pids come back."""
-    try:
-        pidfd = os.pidfd_open(pid)
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    if int(fields[1]) == parent and fields[0] != b"Z":
-        return pidfd
-    os.close(pidfd)
-    return None
+        self._frame.replica_page.write_table(rows + self._heritage.rows())

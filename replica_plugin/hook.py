@@ -13,32 +13,22 @@ user's file defines, above our line or below.
 from __future__ import annotations
 
 import os
-import select
-import socket
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
 
+from . import boot
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError
 
 if TYPE_CHECKING:  # what follows needs epoll and more, which not every system has
     from .master import Arbiter, Master
 
-WORKER = "replica_plugin.worker.ThreadWorker"
-FALLBACK = "gthread"
-
 _loaded: Loaded | None = None
 _master: Master | None = None
 _told: tuple[str, ...] = ()
-
-
-def supported() -> bool:
-    """Whether this system has what a dispatcher needs."""
-    needed = ((select, "epoll"), (os, "pidfd_open"), (os, "memfd_create"), (os, "eventfd"))
-    return all(hasattr(*each) for each in needed) and hasattr(socket, "SCM_RIGHTS")
 
 
 def gunicorn_settings() -> dict[str, Any]:
@@ -51,7 +41,7 @@ def gunicorn_settings() -> dict[str, Any]:
     return {
         "workers": settings.processes_per_replica,
         "threads": settings.threads_per_process,
-        "worker_class": WORKER if supported() else FALLBACK,
+        "worker_class": boot.worker_class(),
         "nworkers_changed": nworkers_changed,
     }
 
@@ -98,7 +88,7 @@ def _when_ready(arbiter: Arbiter) -> None:
     _master = Master(arbiter, _loaded.settings)
     _wrap(arbiter, _master)
     _forget_module()
-    arbiter.log.info("%s", _describe(arbiter, _loaded))
+    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
@@ -189,12 +179,12 @@ def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
     _forget_module()
-    problems = _refusals(arbiter.cfg)
+    problems = boot.refusals(arbiter.cfg, _loaded)
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
     _tell_overrides(arbiter.cfg, arbiter.log)
     ours.adopt(_loaded.settings)
-    arbiter.log.info("%s", _describe(arbiter, _loaded))
+    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
 def _forget_module() -> None:
@@ -208,100 +198,18 @@ def _forget_module() -> None:
 def _before_listening(cfg: Config, log: Any) -> None:
     """Refuse what cannot hold; say what the command line or the user's file overrode."""
     loaded = _loaded or _load()
-    if cfg.worker_class_str == WORKER:
-        problems = _refusals(cfg)
-        if cfg.workers * cfg.threads > loaded.settings.max_replica_concurrency:
-            problems.append(_over_bound(cfg, loaded))
-        if problems:
-            raise BootError("\n".join(problems))
+    problems = boot.refusals(cfg, loaded)
+    if problems:
+        raise BootError("\n".join(problems))
     _tell_overrides(cfg, log)
-
-
-def _refusals(cfg: Config) -> list[str]:
-    """Settings of gunicorn that cannot hold with a dispatcher: the reason and the way out."""
-    found = []
-    if cfg.reuse_port:
-        found.append(
-            "reuse_port: one dispatcher accepts for all workers, so a socket for each of them "
-            "would not be served. Leave --reuse-port out."
-        )
-    if cfg.is_ssl:
-        found.append(
-            "certfile, keyfile: the dispatcher hands over plain sockets and cannot do TLS yet. "
-            "Leave them out and let a proxy in front (nginx, a load balancer) do TLS."
-        )
-    if _wants_http2(cfg):
-        found.append(
-            "http_protocols, http2_cleartext: HTTP/2 carries many requests on one connection, "
-            "which cannot be handed to one slot. Leave h2 out; a proxy in front can speak it."
-        )
-    if getattr(cfg, "protocol", "http") != "http":
-        found.append(
-            f"protocol: the dispatcher looks at HTTP requests only (got {cfg.protocol}). "
-            "Leave --protocol out and have the proxy speak HTTP."
-        )
-    return found
-
-
-def _wants_http2(cfg: Config) -> bool:
-    return "h2" in getattr(cfg, "http_protocols", ()) or getattr(
-        cfg, "http2_cleartext", "off"
-    ) not in ("off", False, None)
-
-
-def _over_bound(cfg: Config, loaded: Loaded) -> str:
-    bound = loaded.settings.max_replica_concurrency
-    return (
-        f"max_replica_concurrency ({bound}) is less than workers x threads "
-        f"({cfg.workers} x {cfg.threads} = {cfg.workers * cfg.threads}). "
-        "Raise it, or lower workers or threads."
-    )
 
 
 def _tell_overrides(cfg: Config, log: Any) -> None:
     """Log once what won over the settings of ours."""
     global _told
     assert _loaded is not None
-    lines = tuple(_overrides(cfg, _loaded))
+    lines = tuple(boot.overrides(cfg, _loaded))
     if lines != _told:
         for line in lines:
             log.warning("%s", line)
     _told = lines
-
-
-def _overrides(cfg: Config, loaded: Loaded) -> list[str]:
-    if cfg.worker_class_str != WORKER:
-        return [_without_dispatcher(cfg)]
-    pairs = (
-        ("processes_per_replica", "workers", cfg.workers),
-        ("threads_per_process", "threads", cfg.threads),
-    )
-    return [
-        f"{name} gunicorn's {value} ({theirs}) wins over {ours}: {getattr(loaded.settings, ours)} "
-        f"({loaded.sources[ours]})"
-        for ours, theirs, value in pairs
-        for name in ("Conflict:",)
-        if getattr(loaded.settings, ours) != value
-    ]
-
-
-def _without_dispatcher(cfg: Config) -> str:
-    why = "this worker class was asked for"
-    if not supported():
-        why = "this system lacks epoll, pidfd or the passing of descriptors"
-    return (
-        f"No dispatcher: worker class {cfg.worker_class_str} ({why}). Each process keeps a queue "
-        f"of its own, with {cfg.threads} threads; that all slots are used before a request waits "
-        "(P1), the order of requests (P3) and their bound (P4) are not promised."
-    )
-
-
-def _describe(arbiter: Arbiter, loaded: Loaded) -> str:
-    p, t = arbiter.num_workers, arbiter.cfg.threads
-    bound = loaded.settings.max_replica_concurrency
-    mode = loaded.settings.mode
-    return (
-        f"Replica: {p} processes x {t} threads = {p * t} requests at a time ({mode} mode), "
-        f"up to {max(0, bound - p * t)} waiting (max_replica_concurrency {bound}), "
-        f"from {loaded.file or 'defaults'}"
-    )

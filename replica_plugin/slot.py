@@ -18,7 +18,7 @@ import errno
 import marshal
 import socket
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from gunicorn import http, util
 from gunicorn.http import wsgi
@@ -40,19 +40,32 @@ from .channel import (
 from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
 from .pages import Cells
 
-if TYPE_CHECKING:
-    from .worker import ThreadWorker
-
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
 _CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 _get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
 
 
+class Process(Protocol):
+    """What a slot asks of the process it is in; a gunicorn worker."""
+
+    cfg: Any
+    log: Any
+    wsgi: Any
+    serving: bool
+
+    def await_channel(self) -> socket.socket | None: ...
+    def dismissed(self, channel: socket.socket) -> None: ...
+    def lost(self, channel: socket.socket) -> None: ...
+    def offer(self, adopt: Adopt, sock: socket.socket) -> None: ...
+    def count_request(self) -> None: ...
+    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None: ...
+
+
 class Slot:
     """One thread's place in a process; `index` is its cell."""
 
-    def __init__(self, worker: ThreadWorker, index: int, cells: Cells) -> None:
+    def __init__(self, worker: Process, index: int, cells: Cells) -> None:
         self._worker = worker
         self._index = index
         self._cells = cells
@@ -65,31 +78,37 @@ class Slot:
             channel = self._worker.await_channel()
             if channel is None:
                 return
-            try:
-                channel.send(FREE)
+            if self._say(channel, FREE):
                 self._take_from(channel)
-            except OSError:
-                self._worker.lost(channel)
 
     def _take_from(self, channel: socket.socket) -> None:
         """Work on what comes on this channel, until it ends."""
         while self._worker.serving:
-            data, fds = receive(channel)
-            if not fds:
-                if data == LEAVE:
-                    self._worker.dismissed(channel)
-                else:
-                    self._worker.lost(channel)
+            try:
+                data, fds = receive(channel)
+            except OSError:
+                data, fds = b"", []
+            if not data:
+                self._worker.lost(channel)
                 return
-            self._work(channel, decode_job(data), fds[0])
+            if data == LEAVE:
+                self._worker.dismissed(channel)
+                return
+            self._work(channel, decode_job(data), fds)
 
-    def _work(self, channel: socket.socket, job: Job, fd: int) -> None:
+    def _work(self, channel: socket.socket, job: Job, fds: list[int]) -> None:
         """One request, from taken to reported."""
+        if not fds:
+            self._log.error("Out of descriptors: a request could not be taken (see ulimit -n)")
+            self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
+            return
         self._cells.begin(self._index, job.request)
-        sock = ClientSocket(_family(job.client), socket.SOCK_STREAM, fd, self._on_first_byte)
+        sock = ClientSocket(_family(job.client), socket.SOCK_STREAM, fds[0], self._on_first_byte)
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock).run()
+        except BaseException:  # not even an error could be answered; the slot must go on
+            self._log.exception("A slot failed")
         finally:
             self._report(channel, job, report, sock)
 
@@ -97,16 +116,21 @@ class Slot:
         self._cells.answering(self._index)
 
     def _report(self, channel: socket.socket, job: Job, report: Report, sock: ClientSocket) -> None:
+        """Give slot and connection back; to the next dispatcher, if ours has died."""
+        if not self._say(channel, report.encode()) and report.end is End.KEEP:
+            adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
+            self._worker.offer(adopt, sock)
+        self._cells.end(self._index)
+        sock.close()
+
+    def _say(self, channel: socket.socket, message: bytes) -> bool:
+        """Tell the dispatcher; False if it is dead."""
         try:
-            channel.send(report.encode(), socket.MSG_NOSIGNAL)
+            channel.send(message, socket.MSG_NOSIGNAL)
         except OSError:
             self._worker.lost(channel)
-            if report.end is End.KEEP:
-                adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
-                self._worker.offer(adopt, sock)
-        finally:
-            self._cells.end(self._index)
-            sock.close()
+            return False
+        return True
 
 
 def _family(client: Address) -> int:
@@ -118,7 +142,7 @@ def _family(client: Address) -> int:
 class Exchange:
     """One request and its response."""
 
-    def __init__(self, worker: ThreadWorker, job: Job, sock: ClientSocket) -> None:
+    def __init__(self, worker: Process, job: Job, sock: ClientSocket) -> None:
         self._worker = worker
         self._cfg = worker.cfg
         self._log = worker.log
@@ -141,7 +165,7 @@ class Exchange:
         except (StopIteration, NoMoreData) as error:
             self._log.debug("Closing connection: the client left. %s", error)
             return self._report(End.ABORT)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # sys.exit() in the app ends its request, not the slot
             return self._report(self._on_error(error))
 
     def _report(self, end: End) -> Report:
@@ -175,7 +199,7 @@ class Exchange:
                 response.force_close()
             self._call_app(environ, response, began)
             return response
-        except Exception:
+        except BaseException:
             if response is not None and response.headers_sent and sock.trouble is None:
                 self._log.exception("Error handling request %s", request.uri)
                 raise _CutShortError from None

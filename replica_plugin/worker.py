@@ -1,24 +1,22 @@
 """gunicorn's worker class: a process with t slots, and an attendant beside them.
 
 The attendant watches over what is not a request: gunicorn's heartbeat, signals, the master,
-the dispatcher. With t = 1 the slot is the main thread, so that the app sees one thread
-only, and the attendant is a thread beside it that runs no code of the app. With t > 1 the
-attendant is the main thread.
+the dispatcher (registration.py). With t = 1 the slot is the main thread, so that the app
+sees one thread only, and the attendant is a thread beside it that runs no code of the app.
+With t > 1 the attendant is the main thread.
 
     attendant                         slots
-    offers a channel (REGISTER)       wait for a channel
-    gets WELCOME, publishes it   ->   send FREE, take jobs
-    dispatcher's pidfd fires     ->   the channel ends; wait for the next one
+    comes to a dispatcher        ->   take the channel, send FREE, take jobs
+    dispatcher dies              ->   the channel ends; wait for the next one
     TERM, parent gone: LEAVING        LEAVE: finish, and end
 
 Shared between them, under `_change`: `_channel` (None while there is no dispatcher) and
-`serving` (False once, when the process is dismissed or has given up waiting).
+`serving` (True until the process is dismissed, or has given up waiting for that).
 """
 
 from __future__ import annotations
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -30,11 +28,11 @@ from typing import Any
 from gunicorn.workers.base import Worker
 
 from . import hook
-from .channel import LEAVING, WELCOME, Adopt, Register, pair, receive, send_adopt, send_register
+from .channel import LEAVING, Adopt, Register, send_adopt
 from .pages import Cells
+from .registration import Registration
 from .slot import Slot
 
-OFFER_TIME = 5.0  # seconds without WELCOME after which the process offers itself anew
 ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispatcher to say when
 TURN = 1.0  # seconds between two heartbeats at most
 
@@ -48,13 +46,11 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.serving = True
         self._change = threading.Condition()
         self._channel: socket.socket | None = None
-        self._offered: socket.socket | None = None
-        self._offered_at = 0.0
-        self._registered = False
-        self._dispatcher_pidfd = -1
         self._leaving_since: float | None = None
         self._dismissed_at: float | None = None
         self._working = 0
+        self._busy_with: dict[int, bool] = {}
+        self._busy_since = 0.0
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
@@ -80,7 +76,6 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """Serve until dismissed."""
         self._cells = Cells(self.cfg.threads)
         slots = [Slot(self, index, self._cells) for index in range(self.cfg.threads)]
-        self._own_pidfd = os.pidfd_open(os.getpid())
         self._working = len(slots)
         if len(slots) == 1:
             threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
@@ -101,7 +96,7 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 self._working -= 1
             self._wake_attendant()
 
-    # What slots ask.
+    # What slots ask (slot.Process), and the registration.
 
     def await_channel(self) -> socket.socket | None:
         """The channel to take from, once there is one; None when there will be none."""
@@ -112,18 +107,16 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def dismissed(self, channel: socket.socket) -> None:
         """A slot was told LEAVE: nothing lies behind it on the channel, all slots may end."""
-        with self._change:
-            self._dismissed_at = time.monotonic()
-            self.serving = False
-            self._change.notify_all()
-        _shut(channel, socket.SHUT_RD)
+        self._dismissed_at = time.monotonic()
+        self._end()
+        with suppress(OSError):  # the dispatcher was faster
+            channel.shutdown(socket.SHUT_RD)
 
     def lost(self, channel: socket.socket) -> None:
-        """A slot found its channel at an end."""
+        """This channel has come to an end; its dispatcher is dead."""
         with self._change:
             if self._channel is channel:
                 self._channel = None
-        self._wake_attendant()
 
     def offer(self, adopt: Adopt, sock: socket.socket) -> None:
         """Offer a connection to whichever dispatcher comes; if that is not possible it ends."""
@@ -160,25 +153,18 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _attend(self) -> None:
         """Watch until no slot is left, or the time of a dismissed process is over."""
-        poll = select.poll()
-        poll.register(self.PIPE[0], select.POLLIN)
+        registration = Registration(
+            self._control, self._cells.fd, self.log, self._describe, self._found, self.lost
+        )
+        registration.watch(self.PIPE[0])
         while self._working:
-            if self._is_overdue():
-                self._give_up()
             self._beat()
-            self._see_dispatcher(poll)
-            ready = {fd for fd, _ in poll.poll(self._patience() * 1000)}
-            if self.PIPE[0] in ready:
-                self._read_signals()
-            if self._offered is not None and self._offered.fileno() in ready:
-                self._on_welcome(poll)
-            if self._dispatcher_pidfd in ready:
-                self._on_dispatcher_death(poll)
+            registration.wait(min(TURN, self.timeout or TURN))
+            self._read_signals()
             if not self.alive or self.ppid != os.getppid():
                 self._leave()
-
-    def _patience(self) -> float:
-        return min(TURN, self.timeout or TURN)
+            if self._is_overdue():
+                self._give_up()
 
     def _wake_attendant(self) -> None:
         with suppress(BlockingIOError):  # with so much to read it is about to wake up anyway
@@ -186,12 +172,9 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _read_signals(self) -> None:
         """The numbers of the signals that came. With t = 1 the main thread may be busy."""
-        try:
-            came = os.read(self.PIPE[0], 512)
-        except BlockingIOError:
-            return
-        if signal.SIGTERM in came:
-            self.alive = False
+        with suppress(BlockingIOError):
+            if signal.SIGTERM in os.read(self.PIPE[0], 512):
+                self.alive = False
 
     def _beat(self) -> None:
         """Tell gunicorn that we live: with t = 1, unless a request is older than `timeout`.
@@ -203,14 +186,10 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             self.notify()
 
     def _is_stuck(self) -> bool:
-        busy = self._cells.begun()
-        if busy != getattr(self, "_seen", None):
-            self._seen, self._seen_at = busy, time.monotonic()
-        return (
-            bool(busy)
-            and bool(self.cfg.timeout)
-            and (time.monotonic() - self._seen_at > self.cfg.timeout)
-        )
+        now, busy = time.monotonic(), self._cells.begun()
+        if not busy or busy.keys() != self._busy_with.keys():
+            self._busy_with, self._busy_since = busy, now
+        return bool(0 < self.cfg.timeout < now - self._busy_since)
 
     def _is_overdue(self) -> bool:
         since = self._dismissed_at
@@ -228,84 +207,29 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             self._leaving_since = now
             self._say_leaving()
         if self._channel is None and now - self._leaving_since > ORPHAN_TIME:
-            with self._change:
-                self.serving = False
-                self._change.notify_all()
+            self._end()
 
     def _say_leaving(self) -> None:
         channel = self._channel
         if channel is not None:
-            try:
+            with suppress(OSError):  # the dispatcher died: the next one reads it in the offer
                 channel.send(LEAVING, socket.MSG_NOSIGNAL)
-            except OSError:
-                self.lost(channel)
 
-    # The dispatcher, as the attendant sees it.
+    def _end(self) -> None:
+        """No slot takes another request."""
+        with self._change:
+            self.serving = False
+            self._change.notify_all()
 
-    def _see_dispatcher(self, poll: select.poll) -> None:
-        """Without a channel, offer one; if nobody takes it in time, offer another."""
-        now = time.monotonic()
-        if self._channel is not None or not self.serving:
-            return
-        if self._offered is not None and now - self._offered_at < OFFER_TIME:
-            return
-        self._withdraw(poll)
-        self._offer_channel(poll, now)
+    # What the registration asks and tells.
 
-    def _offer_channel(self, poll: select.poll, now: float) -> None:
-        ours, theirs = pair()
-        offer = Register(
-            os.getpid(),
-            self.age,
-            self.cfg.threads,
-            self._registered,
-            self._leaving_since is not None,
-        )
-        try:
-            send_register(self._control, offer, theirs.fileno(), self._cells.fd, self._own_pidfd)
-        except OSError as error:
-            self.log.debug("No dispatcher takes registrations: %s", error)
-        theirs.close()
-        self._offered, self._offered_at = ours, now
-        poll.register(ours, select.POLLIN)
+    def _describe(self, again: bool) -> Register:
+        leaving = self._leaving_since is not None
+        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving)
 
-    def _withdraw(self, poll: select.poll) -> None:
-        if self._offered is not None:
-            poll.unregister(self._offered)
-            self._offered.close()
-            self._offered = None
-
-    def _on_welcome(self, poll: select.poll) -> None:
-        """The dispatcher has taken our offer: watch it, and let the slots take requests."""
-        channel = self._offered
-        assert channel is not None
-        try:
-            data, fds = receive(channel, socket.MSG_DONTWAIT)
-        except OSError:
-            data, fds = b"", []
-        if data != WELCOME or len(fds) != 1:
-            self._withdraw(poll)
-            return
-        poll.unregister(channel)
-        self._offered = None
-        self._dispatcher_pidfd = fds[0]
-        poll.register(fds[0], select.POLLIN)
-        self._registered = True
+    def _found(self, channel: socket.socket) -> None:
         with self._change:
             self._channel = channel
             self._change.notify_all()
-
-    def _on_dispatcher_death(self, poll: select.poll) -> None:
-        """End the channel, which a child that the app forked may hold open."""
-        poll.unregister(self._dispatcher_pidfd)
-        os.close(self._dispatcher_pidfd)
-        self._dispatcher_pidfd = -1
-        with self._change:
-            channel, self._channel = self._channel, None
-        if channel is not None:
-            _shut(channel, socket.SHUT_RDWR)
-
-
-def _shut(channel: socket.socket, how: int) -> None:
-    with suppress(OSError):  # the other end was faster
-        channel.shutdown(how)
+        if self._leaving_since is not None:
+            self._say_leaving()

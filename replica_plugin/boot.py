@@ -1,0 +1,116 @@
+"""What is said at boot: what this replica is, what was overridden, what cannot be."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+
+from gunicorn.config import Config
+
+from .config.load import Loaded
+
+WORKER = "replica_plugin.worker.ThreadWorker"
+FALLBACK = "gthread"
+
+
+def supported() -> bool:
+    """Whether this system has what a dispatcher needs."""
+    needed = ((select, "epoll"), (os, "pidfd_open"), (os, "memfd_create"), (os, "eventfd"))
+    return all(hasattr(*each) for each in needed) and hasattr(socket, "SCM_RIGHTS")
+
+
+def worker_class() -> str:
+    """Our worker class, or gunicorn's own where ours cannot work."""
+    return WORKER if supported() else FALLBACK
+
+
+def describe(processes: int, threads: int, loaded: Loaded) -> str:
+    """The replica in one line."""
+    bound = loaded.settings.max_replica_concurrency
+    slots = processes * threads
+    return (
+        f"Replica: {processes} processes x {threads} threads = {slots} requests at a time "
+        f"({loaded.settings.mode} mode), up to {max(0, bound - slots)} waiting "
+        f"(max_replica_concurrency {bound}), from {loaded.file or 'defaults'}"
+    )
+
+
+def overrides(cfg: Config, loaded: Loaded) -> list[str]:
+    """What of gunicorn's command line or configuration won over our settings."""
+    if cfg.worker_class_str != WORKER:
+        return [_without_dispatcher(cfg)]
+    pairs = (
+        ("processes_per_replica", "workers", cfg.workers),
+        ("threads_per_process", "threads", cfg.threads),
+    )
+    return [
+        f"Conflict: {theirs} is {value} in gunicorn's own settings, which wins over "
+        f"{ours}: {getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
+        for ours, theirs, value in pairs
+        if getattr(loaded.settings, ours) != value
+    ]
+
+
+def _without_dispatcher(cfg: Config) -> str:
+    why = "this worker class was asked for"
+    if not supported():
+        why = "this system lacks epoll, pidfd, memfd or the passing of descriptors"
+    return (
+        f"No dispatcher: worker class {cfg.worker_class_str} ({why}). Each process keeps a queue "
+        f"of its own, with {cfg.threads} threads; that all slots are used before a request waits "
+        "(P1), the order of requests (P3) and their bound (P4) are not promised."
+    )
+
+
+def refusals(cfg: Config, loaded: Loaded) -> list[str]:
+    """Settings that cannot hold with a dispatcher: the reason and the way out."""
+    if cfg.worker_class_str != WORKER:
+        return []
+    found = []
+    if cfg.reuse_port:
+        found.append(
+            "reuse_port: one dispatcher accepts for all workers, so a socket for each of them "
+            "would not be served. Leave --reuse-port out."
+        )
+    if cfg.is_ssl:
+        found.append(
+            "certfile, keyfile: the dispatcher hands over plain sockets and cannot do TLS yet. "
+            "Leave them out and let a proxy in front (nginx, a load balancer) do TLS."
+        )
+    if _wants_http2(cfg):
+        found.append(
+            "http_protocols, http2_cleartext: HTTP/2 carries many requests on one connection, "
+            "which cannot be handed to one slot. Leave h2 out; a proxy in front can speak it."
+        )
+    if getattr(cfg, "protocol", "http") != "http":
+        found.append(
+            f"protocol: the dispatcher looks at HTTP requests only (got {cfg.protocol}). "
+            "Leave --protocol out and have the proxy speak HTTP."
+        )
+    if _is_over_bound(cfg, loaded):
+        found.append(_over_bound(cfg, loaded))
+    return found
+
+
+def _wants_http2(cfg: Config) -> bool:
+    return "h2" in getattr(cfg, "http_protocols", ()) or getattr(
+        cfg, "http2_cleartext", "off"
+    ) not in ("off", False, None)
+
+
+def _is_over_bound(cfg: Config, loaded: Loaded) -> bool:
+    """As in Cortex, a bound below p*t is refused by way of the target that follows from p*t."""
+    settings = loaded.settings
+    if settings.target_replica_concurrency is not None:
+        return False
+    return bool(cfg.workers * cfg.threads > settings.max_replica_concurrency)
+
+
+def _over_bound(cfg: Config, loaded: Loaded) -> str:
+    bound = loaded.settings.max_replica_concurrency
+    return (
+        f"max_replica_concurrency ({bound}) is less than workers x threads "
+        f"({cfg.workers} x {cfg.threads} = {cfg.workers * cfg.threads}). "
+        "Raise it, or lower workers or threads."
+    )

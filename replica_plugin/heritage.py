@@ -1,0 +1,66 @@
+"""What a dispatcher inherits: processes of its predecessor that have not come back yet.
+
+Their slots may be busy with requests that nobody has counted. Until such a process
+registers again, or dies, everything it has counts as busy, so that the cap holds. Death is
+a pidfd here, too; and since pids come back, only a living child of the master is believed.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+
+from .pages import ReplicaPage
+
+Row = tuple[int, int, int]
+"""Age, slots and pid of a process."""
+
+
+class Heritage:
+    """The processes in the table of the page, as the dispatcher before left it."""
+
+    def __init__(self, epoll: select.epoll, page: ReplicaPage, parent: int) -> None:
+        self.was_ready = bool(page.read().was_ready)
+        self._epoll = epoll
+        self._missing: dict[int, Row] = {}
+        for row in page.read_table():
+            pidfd = _open_child(row[2], parent)
+            if pidfd is not None:
+                self._missing[pidfd] = row
+                epoll.register(pidfd, select.EPOLLIN)
+
+    def __contains__(self, fd: int) -> bool:
+        return fd in self._missing
+
+    def rows(self) -> list[Row]:
+        """Those still missing."""
+        return list(self._missing.values())
+
+    def died(self, pidfd: int) -> int:
+        """One of them is dead; its age."""
+        age = self._missing[pidfd][0]
+        self.back(age)
+        return age
+
+    def back(self, age: int) -> None:
+        """One of them is missing no more, if it was."""
+        for pidfd in [fd for fd, row in self._missing.items() if row[0] == age]:
+            del self._missing[pidfd]
+            self._epoll.unregister(pidfd)
+            os.close(pidfd)
+
+
+def _open_child(pid: int, parent: int) -> int | None:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except OSError:
+        return None
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        fields = [b"X", b"0"]
+    if int(fields[1]) == parent and fields[0] not in b"XZ":
+        return pidfd
+    os.close(pidfd)
+    return None

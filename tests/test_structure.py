@@ -1,0 +1,75 @@
+"""What holds the code together: who may import whom, and documents that repeat the code."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from replica_plugin.config.settings import reference_table
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "replica_plugin"
+MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
+
+KNOW_GUNICORN = {"answers", "boot", "hook", "journal", "master", "slot", "supervisor", "worker"}
+DISPATCHER = {
+    "answers", "arrival", "channel", "clients", "connection", "deadlines", "decisions",
+    "dispatcher", "head", "heritage", "journal", "listeners", "pages", "processes", "rate", "rules",
+    "supervisor",
+}  # fmt: skip
+"""What runs in the process without user code."""
+
+
+def imports(module: str) -> set[str]:
+    """The modules that a module imports, ours by their bare names."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text())
+    found = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            name = (node.module or "").partition(".")[0]
+            found |= {name} if name else {alias.name for alias in node.names}
+    return found
+
+
+def test_the_decisions_know_nothing_but_the_standard_library():
+    standard = {"__future__", "collections", "dataclasses", "enum", "math", "typing"}
+    assert imports("decisions") <= standard | {"rate"}
+
+
+@pytest.mark.parametrize("module", ["clients", "processes"])
+def test_the_two_sides_of_the_dispatcher_do_not_know_each_other_or_the_queue(module):
+    others = {"clients", "processes"} - {module}
+    assert not imports(module) & (others | {"decisions", "dispatcher", "journal"})
+
+
+def test_gunicorn_is_touched_in_few_files():
+    assert {module for module in MODULES if "gunicorn" in imports(module)} == KNOW_GUNICORN
+
+
+def test_the_dispatcher_imports_nothing_that_runs_user_code_or_reads_configuration():
+    reached = set().union(*(imports(module) for module in DISPATCHER)) & {*MODULES, "config"}
+    assert reached <= DISPATCHER
+
+
+def test_importing_the_package_imports_neither_flask_nor_gunicorn_nor_anything_of_linux():
+    code = "import sys, replica_plugin; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    unwanted = {"flask", "gunicorn", "gevent", "yaml", "replica_plugin.supervisor"}
+    assert not unwanted & set(run.stdout.split())
+
+
+def test_the_readme_shows_the_settings_as_the_code_has_them():
+    assert reference_table().strip() in (ROOT / "README.md").read_text()
+
+
+def test_the_files_named_in_the_design_notes_exist():
+    text = (ROOT / "docs" / "design.md").read_text()
+    named = {word.strip("`") for word in text.replace(",", " ").split() if word.endswith(".py`")}
+    assert named
+    assert {name for name in named if not (PACKAGE / name).exists()} == set()
