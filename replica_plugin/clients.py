@@ -21,6 +21,7 @@ import math
 import select
 import socket
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from .answers import UNTAKEN, Answer, body_too_late, head_too_large, head_too_late
@@ -107,12 +108,11 @@ class Clients:
 
     def on_event(self, conn: Connection, mask: int, now: float) -> None:
         """epoll has something to say about a connection."""
-        if conn.state is State.RUNNING:
-            conn.touched = True
-            return
         if mask & _LEFT:
             conn.hung_up = True
-        if conn.state is State.ARRIVING:
+        if conn.state is State.RUNNING:
+            conn.touched = True
+        elif conn.state is State.ARRIVING:
             self._on_arriving(conn, now)
         elif conn.state is State.LINGERING:
             self._drain(conn, now)
@@ -194,6 +194,13 @@ class Clients:
     def _still_comes(self, head: Head) -> bool:
         """Whether the rest of the body would wake us for nothing while a slot reads it."""
         return head.chunked or head.expects or (head.length or 0) > self._serving.request_buffer
+
+    def take_back(self, conn: Connection) -> None:
+        """The process died before it began to read: the request waits again."""
+        conn.state = State.WAITING
+        self._register(conn)
+        if conn.hung_up:
+            self._leave_queue(conn)
 
     def give_back(self, conn: Connection, end: End, ahead: bytes, carry: bytes, now: float) -> None:
         """A slot has reported the request done."""
@@ -280,12 +287,18 @@ class Clients:
         self.close(conn)
 
     def close(self, conn: Connection) -> None:
-        """Forget the connection. The one place where its descriptor is closed."""
+        """Forget the connection. The one place where its descriptor is closed.
+
+        It ends for the client, too, though a slot, or a child that the app forked, may hold a
+        duplicate.
+        """
         self._untime(conn)
         if conn.registered:
             self._unregister(conn)
         conn.state = State.CLOSED
         del self.connections[conn.fd]
+        with suppress(OSError):  # the client was faster
+            conn.sock.shutdown(socket.SHUT_RDWR)
         conn.sock.close()
 
     # Stopping.

@@ -194,6 +194,8 @@ class Dispatcher:
                 self._on_lost(action.request, begun[action.request], now)
             else:
                 self._perform([action], now)
+        for request in unread & self._decisions.waiting.keys():
+            self._clients.take_back(self._requests[request])
         self._write_table()
 
     def _on_lost(self, request: int, answering: bool, now: float) -> None:

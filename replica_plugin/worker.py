@@ -171,10 +171,15 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             os.write(self.PIPE[1], b"\0")
 
     def _read_signals(self) -> None:
-        """The numbers of the signals that came. With t = 1 the main thread may be busy."""
-        with suppress(BlockingIOError):
-            if signal.SIGTERM in os.read(self.PIPE[0], 512):
-                self.alive = False
+        """The numbers of the signals that came. With t = 1 the main thread may see them late."""
+        try:
+            came = os.read(self.PIPE[0], 512)
+        except BlockingIOError:
+            return
+        if signal.SIGTERM in came:
+            self.alive = False
+        if signal.SIGUSR1 in came:
+            self.log.reopen_files()
 
     def _beat(self) -> None:
         """Tell gunicorn that we live: with t = 1, unless a request is older than `timeout`.
