@@ -137,8 +137,8 @@ class Decisions:
 
     @property
     def booting(self) -> bool:
-        """Whether the master has a process that has not registered yet."""
-        return bool(self.live - self.processes.keys())
+        """Whether the master has a process that has not registered with us yet."""
+        return bool(self.live - {each.age for each in self.processes.values() if each.registered})
 
     @property
     def is_ready(self) -> bool:
@@ -261,11 +261,11 @@ class Decisions:
         return self._changed()
 
     def tick(self, now: float) -> list[Action]:
-        """Refuse what has waited for `queue_timeout`."""
+        """Refuse what has waited for `queue_timeout`; start what a change of processes allows."""
         refused: list[Action] = []
         while self.next_expiry() <= now:
             refused.append(Refuse(self.waiting.popitem(last=False)[0], Why.WAITED))
-        return refused
+        return refused + self._start(now)
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits."""
@@ -307,7 +307,7 @@ class Decisions:
                 dismissed.append(Dismiss(process.age))
         present = sorted(self._present(), key=lambda each: each.age, reverse=True)
         self._usable = present[: self.rules.processes]
-        self.was_ready = self.was_ready or len(self._usable) >= self.rules.processes
+        self.was_ready = self.was_ready or len(self._usable) >= self.rules.processes > 0
         return dismissed
 
     def _present(self) -> list[Process]:
@@ -331,10 +331,7 @@ class Decisions:
         wanted = self.rules.processes
         if sum(each.age > process.age for each in present) >= wanted:
             return True
-        staying = sum(not each.leaving for each in present)
-        if staying + len(self.live - self.processes.keys()) >= wanted:
-            return False
-        return len(present) >= wanted
+        return not self.booting and len(present) >= wanted
 
     def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
         """Put requests that were sent back where their numbers belong, near the head."""
