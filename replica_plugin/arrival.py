@@ -6,7 +6,8 @@ woke us below the mark we set, being short of memory; a Unix client has been sil
 moment, since its own buffer may be full. The last two are judged by the caller.
 
 A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
-The mark is kernel memory, so all marks together are bounded; and it travels with the
+For a chunked body it is set and taken back at once: the receive buffer, which grew with it,
+stays large. Else a body above some 100 KB would never arrive while nobody reads. The mark is kernel memory, so all marks together are bounded; and it travels with the
 connection, so it is taken back before a slot gets that.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import socket
 from enum import Enum, auto
 
+from .chunks import Chunks
 from .connection import Connection
 from .head import Head, HeadTooLarge, read_head
 from .rules import Serving
@@ -65,19 +67,23 @@ class Arrivals:
 
     def expect_body(self, conn: Connection, head: Head) -> bool:
         """Have the kernel wake us when enough is there; False if too much is awaited already."""
-        if conn.local or head.chunked:
+        if conn.local:
             return True
-        mark = self._enough(head) - len(conn.ahead)
-        if self._marks + mark > ALL_MARKS:
-            return False
-        self._marks += mark
-        conn.wake_at(mark)
+        size = self._enough(head) - len(conn.ahead)
+        if self._marks + size > ALL_MARKS:
+            return head.chunked
+        self._marks += size
+        conn.awaited = size
+        conn.wake_at(size)
+        if head.chunked:  # whose end may come much sooner; the room that the mark made remains
+            conn.wake_at(0)
         return True
 
     def forget_body(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""
+        self._marks -= conn.awaited
+        conn.awaited = 0
         if conn.mark:
-            self._marks -= conn.mark
             conn.wake_at(0)
 
     def take(self, conn: Connection, size: int) -> None:
@@ -124,9 +130,14 @@ class Arrivals:
                 return False
         if not head.has_body or head.expects:
             return True
-        if head.chunked and data.endswith(b"0\r\n\r\n"):
+        if head.chunked and self._end_is_seen(conn, head, data):
             return True
         return conn.arrived >= self._enough(head)
+
+    def _end_is_seen(self, conn: Connection, head: Head, data: bytes) -> bool:
+        if conn.chunks is None:
+            conn.chunks = Chunks(head.size)
+        return conn.chunks.end_is_seen(data)
 
     def _enough(self, head: Head) -> int:
         """How many bytes make a request ready; for a chunked one, if its end is not seen."""

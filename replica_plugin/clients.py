@@ -40,6 +40,7 @@ GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 LOCAL_QUIET = 0.1  # seconds of silence after which a Unix client may be stuck on a full buffer
 LINGER = 2.0  # seconds a client that has been answered may take to stop sending
 LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
+FULL = 1 << 16  # bytes of a chunked body that may be all the kernel has room for
 DRAINS = 64  # reads of what a lingering client sends, before others have their turn
 
 
@@ -360,6 +361,9 @@ class Clients:
         self._arrivals.measure(conn)
         if conn.arrived > before:
             conn.progress_at = now
+        elif conn.head and conn.head.chunked and conn.arrived >= FULL:
+            self._on_ready(conn, now)
+            return
         if now - conn.progress_at >= self._serving.receive_timeout:
             self.answer(conn, body_too_late(self._serving.receive_timeout), now)
         else:
