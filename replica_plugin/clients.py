@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 import select
 import socket
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
@@ -66,6 +67,7 @@ class Clients:
         self._arrivals = Arrivals(serving)
         self._last_call_at: float | None = None
         self._called = False
+        self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
         self._heads: Deadlines[Connection] = Deadlines(None)
         self._bodies: Deadlines[Connection] = Deadlines(None)
         self._idle: Deadlines[Connection] = Deadlines(None)
@@ -231,15 +233,19 @@ class Clients:
         try:
             if keep:
                 self._arrivals.take(conn, head.size)
-            conn.sock.send(answer.encode(head.text, keep, head.method == b"HEAD"), _NOW)
+            data = answer.encode(head.text, keep, head.method == b"HEAD")
+            whole = conn.sock.send(data, _NOW) == len(data)
         except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
+            self.close(conn)
+            return
+        if not whole:
             self.close(conn)
             return
         self._untime(conn)
         if keep:
-            conn.touched = True
             conn.next_request(conn.ahead, conn.carry)
-            self._go_on(conn, now)
+            self._time(conn, self._idle, now)
+            self._answered.append(conn)
         else:
             self.linger(conn, now)
 
@@ -314,6 +320,7 @@ class Clients:
         """When `tick` is needed next."""
         last_call = self._last_call_at if not self._called else None
         return min(
+            0.0 if self._answered else math.inf,
             self._heads.next(),
             self._bodies.next(),
             self._idle.next(),
@@ -326,6 +333,8 @@ class Clients:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
+        for _ in range(len(self._answered)):
+            self._on_answered(self._answered.popleft(), now)
         for conn in self._glances.expired(now):
             self._on_glance(conn, now)
         for conn in self._quiet.expired(now):
@@ -342,6 +351,12 @@ class Clients:
         self.listeners.tick(now)
         if self._last_call_at is not None and not self._called and self._last_call_at <= now:
             self._last_call()
+
+    def _on_answered(self, conn: Connection, now: float) -> None:
+        """One answer a turn: many requests sent at once neither nest nor keep us from others."""
+        if conn.state is State.ARRIVING and conn.head is None:
+            conn.touched = True
+            self._go_on(conn, now)
 
     def _on_glance(self, conn: Connection, now: float) -> None:
         if conn.state is State.LINGERING:
