@@ -209,13 +209,16 @@ class Clients:
             self.close(conn)
 
     def _go_on(self, conn: Connection, now: float) -> None:
-        """The connection is between two requests; the next may be there already."""
+        """The connection is between two requests; the next may be there already.
+
+        It was perhaps reported while the one before was awaited, and is not reported twice.
+        """
         if self._called:
             self.linger(conn, now)
             return
         conn.looked_at = 0.0
         self._time(conn, self._idle, now)
-        if conn.touched or conn.ahead:
+        if conn.touched or conn.ahead or conn.hung_up or conn.unread():
             self._look(conn, now)
         else:
             self._register(conn)
@@ -355,7 +358,6 @@ class Clients:
     def _on_answered(self, conn: Connection, now: float) -> None:
         """One answer a turn: many requests sent at once neither nest nor keep us from others."""
         if conn.state is State.ARRIVING and conn.head is None:
-            conn.touched = True
             self._go_on(conn, now)
 
     def _on_glance(self, conn: Connection, now: float) -> None:
