@@ -128,7 +128,7 @@ class Arrivals:
             head = conn.head = read_head(data, self.serving.limits, conn.number == 1)
             if head is None:
                 return False
-        if not head.has_body or head.expects:
+        if not head.framed or head.expects:
             return True
         if head.chunked and self._end_is_seen(conn, head, data):
             return True
@@ -143,4 +143,4 @@ class Arrivals:
         """How many bytes make a request ready; for a chunked one, if its end is not seen."""
         if head.chunked:
             return head.size + min(self.serving.request_buffer, CHUNKED_LOOK)
-        return head.size + min(head.length or 0, self.serving.request_buffer)
+        return head.size + min(head.length, self.serving.request_buffer)

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 from .answers import Answer, body_too_late, head_too_large, head_too_late
-from .arrival import PEEK, Arrivals, Sight
+from .arrival import Arrivals, Sight
 from .channel import Adopt, End
 from .connection import Connection, State
 from .deadlines import Deadlines
@@ -38,6 +38,7 @@ _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
+SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
 LOCAL_QUIET = 0.1  # seconds of silence after which a Unix client may be stuck on a full buffer
 LINGER = 2.0  # seconds a client that has been answered may take to stop sending
 LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
@@ -172,7 +173,7 @@ class Clients:
     def _on_ready(self, conn: Connection, now: float) -> None:
         """The request is ready: a probe is answered, anything else is judged."""
         head = conn.head
-        if head and head.path in self._serving.probes and head.method in (b"GET", b"HEAD"):
+        if head and head.path in self._serving.probes and _is_probe(head):
             self._reply(conn, self._judge.probe(head.path), now)
             return
         self._untime(conn)
@@ -196,7 +197,7 @@ class Clients:
 
     def _still_comes(self, head: Head) -> bool:
         """Whether the rest of the body would wake us for nothing while a slot reads it."""
-        return head.chunked or head.expects or (head.length or 0) > self._serving.request_buffer
+        return head.chunked or head.expects or head.length > self._serving.request_buffer
 
     def give_back(self, conn: Connection, end: End, ahead: bytes, carry: bytes, now: float) -> None:
         """A slot has reported the request done."""
@@ -256,7 +257,7 @@ class Clients:
         """Whether the connection can go on: the request has surely ended where its head did."""
         if conn.state is State.RUNNING or conn.hung_up or not self._serving.keepalive:
             return False
-        if head.has_body or not head.keeps_alive or self._last_call_at is not None:
+        if self._last_call_at is not None or not (head.ends_request and head.keeps_alive):
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
@@ -412,8 +413,13 @@ class Clients:
         self._epoll.unregister(conn.fd)
 
 
+def _is_probe(head: Head) -> bool:
+    """What is not plain is left to gunicorn's parser, lest two readers see two requests."""
+    return head.method in (b"GET", b"HEAD") and head.is_plain
+
+
 def _pause(conn: Connection) -> float:
     """Seconds between two looks: so long that looking stays cheap, however much lies there."""
     if not conn.arrived or conn.mark:
         return 0.0
-    return GLANCE * (1 + conn.arrived / PEEK)
+    return GLANCE * (1 + conn.arrived / SLOWER)
