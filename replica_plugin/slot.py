@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import marshal
 import socket
+from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -90,6 +91,9 @@ class Slot:
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock).run()
+        except BaseException:  # a logger of the user's, say: it must not cost the slot
+            with suppress(Exception):
+                self._log.exception("A request could not be brought to its end")
         finally:
             self._report(channel, job, report, sock)
 
@@ -138,11 +142,17 @@ class Exchange:
             self._know_proxy()
             response = self._respond()
             return self._report(self._end_of(response))
-        except (StopIteration, NoMoreData) as error:
-            self._log.debug("Closing connection: the client left. %s", error)
-            return self._report(End.ABORT)
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # CancelledError and the like are none of the slot's
+            if self._has_left(error):
+                self._log.debug("Closing connection: the client left. %s", error)
+                return self._report(End.ABORT)
             return self._report(self._on_error(error))
+
+    def _has_left(self, error: BaseException) -> bool:
+        """Whether the parser found the stream at its end; an app may raise StopIteration, too."""
+        return isinstance(error, NoMoreData) or (
+            isinstance(error, StopIteration) and self._request is None
+        )
 
     def _report(self, end: End) -> Report:
         ahead = self._parser.unreader.buf.getvalue() if end is End.KEEP else b""
@@ -175,7 +185,7 @@ class Exchange:
                 response.force_close()
             self._call_app(environ, response, began)
             return response
-        except Exception:
+        except BaseException:
             if response is not None and response.headers_sent and sock.trouble is None:
                 self._log.exception("Error handling request %s", request.uri)
                 raise _CutShortError from None
