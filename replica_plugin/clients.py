@@ -22,6 +22,7 @@ import select
 import socket
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Protocol
 
 from .answers import Answer, body_too_late, head_too_large, head_too_late
@@ -295,6 +296,8 @@ class Clients:
             self._unregister(conn)
         conn.state = State.CLOSED
         del self.connections[conn.fd]
+        with suppress(OSError):  # a child that the app forked may hold a duplicate
+            conn.sock.shutdown(socket.SHUT_RDWR)
         conn.sock.close()
 
     # Stopping.
