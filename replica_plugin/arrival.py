@@ -3,7 +3,8 @@
 A request is ready when it is complete, or when more of it need not or cannot be awaited:
 `request_buffer` bytes of the body are there; the client expects 100 Continue; the kernel
 woke us below the mark we set, being short of memory; a Unix client has been silent for a
-moment, since its own buffer may be full. The last two are judged by the caller.
+moment, since its own buffer may be full (of 70 small writes, if it asks before it writes).
+A part of a head is then taken, not sent to a slot. The last two are judged by the caller.
 
 A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
 For a chunked body it is set and taken back at once: the receive buffer, which grew with it,
@@ -14,8 +15,10 @@ connection, so it is taken back before a slot gets that.
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from enum import Enum, auto
 
+from .channel import LARGEST
 from .chunks import Chunks
 from .connection import Connection
 from .head import Head, HeadTooLarge, read_head
@@ -93,6 +96,18 @@ class Arrivals:
         while size > 0:
             part = min(size, len(self.buffer))
             size -= conn.sock.recv_into(self.buffer, part, socket.MSG_DONTWAIT)
+
+    def take_ahead(self, conn: Connection) -> bool:
+        """Take what has come of a head, so that a client's small buffer has room for the rest.
+
+        It travels with the request, as bytes do that a slot has read ahead. False if it has
+        become too much for that.
+        """
+        space = LARGEST // 2 - len(conn.ahead)
+        if space > 0:
+            with suppress(BlockingIOError):
+                conn.ahead += conn.sock.recv(space, socket.MSG_DONTWAIT)
+        return space > 0
 
     def _peek(self, conn: Connection) -> bytes | None:
         """What lies there, as much of it as may matter; None at the end of the stream."""

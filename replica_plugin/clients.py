@@ -129,7 +129,7 @@ class Clients:
         self.close(conn)
 
     def _on_arriving(self, conn: Connection, now: float) -> None:
-        if conn.local and conn.head is not None:
+        if conn.local:
             self._quiet.start(conn, now)
         if now - conn.looked_at >= _pause(conn):
             self._look(conn, now, woken=True)
@@ -162,13 +162,13 @@ class Clients:
         if conn.head is not None and conn.timer is not self._bodies:
             conn.progress_at = now
             self._time(conn, self._bodies, now)
-            if conn.local:
-                self._quiet.start(conn, now)
             if not self._arrivals.expect_body(conn, conn.head):
                 self._on_ready(conn, now)
                 return
         elif conn.arrived and conn.timer is self._idle:
             self._time(conn, self._heads, now)
+        if conn.local and conn.arrived and conn not in self._quiet:
+            self._quiet.start(conn, now)
         self._register(conn)
 
     def _on_ready(self, conn: Connection, now: float) -> None:
@@ -345,8 +345,7 @@ class Clients:
         for conn in self._glances.expired(now):
             self._on_glance(conn, now)
         for conn in self._quiet.expired(now):
-            if conn.state is State.ARRIVING and conn.head is not None:
-                self._on_ready(conn, now)
+            self._on_quiet(conn, now)
         for conn in self._heads.expired(now):
             self._on_head_late(conn, now)
         for conn in self._bodies.expired(now):
@@ -369,6 +368,13 @@ class Clients:
             self._drain(conn, now)
         elif conn.state is State.ARRIVING:
             self._on_arriving(conn, now)
+
+    def _on_quiet(self, conn: Connection, now: float) -> None:
+        """A Unix client is silent, perhaps because what it sent must be taken before it can go on."""
+        if conn.state is not State.ARRIVING or not conn.arrived:
+            return
+        if conn.head is not None or not self._arrivals.take_ahead(conn):
+            self._on_ready(conn, now)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
