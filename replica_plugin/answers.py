@@ -26,11 +26,7 @@ class Answer:
     def encode(self, head: bytes, keep_alive: bool, bodiless: bool) -> bytes:
         """The bytes for the client whose request had this head: JSON if it accepts JSON."""
         phrase = HTTPStatus(self.status).phrase
-        if _JSON.search(head):
-            kind, body = "application/json", json.dumps({"error": phrase, "detail": self.text})
-        else:
-            kind, body = "text/plain; charset=utf-8", self.text
-        content = f"{body}\n".encode()
+        kind, content = self.content(head)
         lines = [
             f"HTTP/1.1 {self.status} {phrase}",
             f"Server: {SERVER}",
@@ -44,6 +40,13 @@ class Answer:
             lines.append(f"Retry-After: {self.retry_after}")
         text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         return text if bodiless else text + content
+
+    def content(self, head: bytes) -> tuple[str, bytes]:
+        """Content-Type and body for the client whose request had this head."""
+        if not _JSON.search(head):
+            return "text/plain; charset=utf-8", f"{self.text}\n".encode()
+        state = {"error": HTTPStatus(self.status).phrase, "detail": self.text}
+        return "application/json", f"{json.dumps(state)}\n".encode()
 
 
 def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> Answer:

@@ -3,18 +3,24 @@
 A request is ready when it is complete, or when more of it need not or cannot be awaited:
 `request_buffer` bytes of the body are there; the client expects 100 Continue; the kernel
 woke us below the mark we set, being short of memory; a Unix client has been silent for a
-moment, since its own buffer may be full. The last two are judged by the caller.
+moment, since its own buffer may be full (of 70 small writes, if it asks before it writes).
+A part of a head is then taken, not sent to a slot. The last two are judged by the caller.
 
 A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
-The mark is kernel memory, so all marks together are bounded; and it travels with the
-connection, so it is taken back before a slot gets that.
+For a chunked body it is set and taken back at once: the receive buffer, which grew with it,
+stays large. Else a body above some 100 KB would never arrive while nobody reads. The mark is
+kernel memory, so all marks together are bounded; and it travels with the connection, so it
+is taken back before a slot gets that.
 """
 
 from __future__ import annotations
 
 import socket
+from contextlib import suppress
 from enum import Enum, auto
 
+from .channel import LARGEST
+from .chunks import Chunks
 from .connection import Connection
 from .head import Head, HeadTooLarge, read_head
 from .rules import Serving
@@ -65,19 +71,23 @@ class Arrivals:
 
     def expect_body(self, conn: Connection, head: Head) -> bool:
         """Have the kernel wake us when enough is there; False if too much is awaited already."""
-        if conn.local or head.chunked:
+        if conn.local:
             return True
-        mark = self._enough(head) - len(conn.ahead)
-        if self._marks + mark > ALL_MARKS:
-            return False
-        self._marks += mark
-        conn.wake_at(mark)
+        size = self._enough(head) - len(conn.ahead)
+        if self._marks + size > ALL_MARKS:
+            return head.chunked
+        self._marks += size
+        conn.awaited = size
+        conn.wake_at(size)
+        if head.chunked:  # whose end may come much sooner; the room that the mark made remains
+            conn.wake_at(0)
         return True
 
     def forget_body(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""
+        self._marks -= conn.awaited
+        conn.awaited = 0
         if conn.mark:
-            self._marks -= conn.mark
             conn.wake_at(0)
 
     def take(self, conn: Connection, size: int) -> None:
@@ -87,6 +97,18 @@ class Arrivals:
         while size > 0:
             part = min(size, len(self.buffer))
             size -= conn.sock.recv_into(self.buffer, part, socket.MSG_DONTWAIT)
+
+    def take_ahead(self, conn: Connection) -> bool:
+        """Take what has come of a head, so that a client's small buffer has room for the rest.
+
+        It travels with the request, as bytes do that a slot has read ahead. False if it has
+        become too much for that.
+        """
+        space = LARGEST // 2 - len(conn.ahead)
+        if space > 0:
+            with suppress(BlockingIOError):
+                conn.ahead += conn.sock.recv(space, socket.MSG_DONTWAIT)
+        return space > 0
 
     def _peek(self, conn: Connection) -> bytes | None:
         """What lies there, as much of it as may matter; None at the end of the stream."""
@@ -122,14 +144,19 @@ class Arrivals:
             head = conn.head = read_head(data, self.serving.limits, conn.number == 1)
             if head is None:
                 return False
-        if not head.has_body or head.expects:
+        if not head.framed or head.expects:
             return True
-        if head.chunked and data.endswith(b"0\r\n\r\n"):
+        if head.chunked and self._end_is_seen(conn, head, data):
             return True
         return conn.arrived >= self._enough(head)
+
+    def _end_is_seen(self, conn: Connection, head: Head, data: bytes) -> bool:
+        if conn.chunks is None:
+            conn.chunks = Chunks(head.size)
+        return conn.chunks.end_is_seen(data)
 
     def _enough(self, head: Head) -> int:
         """How many bytes make a request ready; for a chunked one, if its end is not seen."""
         if head.chunked:
             return head.size + min(self.serving.request_buffer, CHUNKED_LOOK)
-        return head.size + min(head.length or 0, self.serving.request_buffer)
+        return head.size + min(head.length, self.serving.request_buffer)

@@ -45,6 +45,13 @@ class ClientSocket(socket.socket):
         except OSError as error:
             raise self._noted(error, ReceiveTimeoutError) from None
 
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
+        try:
+            return super().send(data, flags)
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
+
     def sendall(self, data: Any, flags: int = 0) -> None:
         """As socket.sendall. Raises SendTimeoutError when the client takes nothing for too long."""
         self._begin()

@@ -6,7 +6,7 @@ request has come (arrival.py). Bytes stay in the kernel for the slot that will r
 1. Nothing here waits, or trusts a client to do anything: every state but RUNNING has a
    deadline, and WAITING has that of the queue.
 2. A connection is registered with epoll edge-triggered, at most once at a time, when there
-   is first something to wait for. While RUNNING its events only set `touched`.
+   is first something to wait for. Its events set `touched`; while RUNNING they do no more.
 3. Where a request ends is the business of the parser in the slot. An answer given here
    closes the connection, unless the request can have no body.
 4. Descriptors are closed by `close`, which leaves epoll first: a registration outlives
@@ -20,12 +20,13 @@ from __future__ import annotations
 import math
 import select
 import socket
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol
 
 from .answers import UNTAKEN, Answer, body_too_late, head_too_large, head_too_late
-from .arrival import PEEK, Arrivals, Sight
+from .arrival import Arrivals, Sight
 from .channel import Adopt, End
 from .connection import Connection, State
 from .deadlines import Deadlines
@@ -38,9 +39,11 @@ _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
+SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
 LOCAL_QUIET = 0.1  # seconds of silence after which a Unix client may be stuck on a full buffer
 LINGER = 2.0  # seconds a client that has been answered may take to stop sending
 LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
+FULL = 1 << 16  # bytes of a chunked body that may be all the kernel has room for
 DRAINS = 64  # reads of what a lingering client sends, before others have their turn
 
 
@@ -66,6 +69,7 @@ class Clients:
         self._arrivals = Arrivals(serving)
         self._last_call_at: float | None = None
         self._called = False
+        self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
         self._heads: Deadlines[Connection] = Deadlines(None)
         self._bodies: Deadlines[Connection] = Deadlines(None)
         self._idle: Deadlines[Connection] = Deadlines(None)
@@ -108,15 +112,14 @@ class Clients:
 
     def on_event(self, conn: Connection, mask: int, now: float) -> None:
         """epoll has something to say about a connection."""
+        conn.touched = True
         if mask & _LEFT:
             conn.hung_up = True
-        if conn.state is State.RUNNING:
-            conn.touched = True
-        elif conn.state is State.ARRIVING:
+        if conn.state is State.ARRIVING:
             self._on_arriving(conn, now)
         elif conn.state is State.LINGERING:
             self._drain(conn, now)
-        elif conn.hung_up:
+        elif conn.state is State.WAITING and conn.hung_up:
             self._leave_queue(conn)
 
     def _leave_queue(self, conn: Connection) -> None:
@@ -124,7 +127,7 @@ class Clients:
         self.close(conn)
 
     def _on_arriving(self, conn: Connection, now: float) -> None:
-        if conn.local and conn.head is not None:
+        if conn.local:
             self._quiet.start(conn, now)
         if now - conn.looked_at >= _pause(conn):
             self._look(conn, now, woken=True)
@@ -157,22 +160,23 @@ class Clients:
         if conn.head is not None and conn.timer is not self._bodies:
             conn.progress_at = now
             self._time(conn, self._bodies, now)
-            if conn.local:
-                self._quiet.start(conn, now)
             if not self._arrivals.expect_body(conn, conn.head):
                 self._on_ready(conn, now)
                 return
         elif conn.arrived and conn.timer is self._idle:
             self._time(conn, self._heads, now)
+        if conn.local and conn.arrived and conn not in self._quiet:
+            self._quiet.start(conn, now)
         self._register(conn)
 
     def _on_ready(self, conn: Connection, now: float) -> None:
         """The request is ready: a probe is answered, anything else is judged."""
         head = conn.head
-        if head and head.path in self._serving.probes and head.method in (b"GET", b"HEAD"):
+        if head and head.path in self._serving.probes and _is_probe(head):
             self._reply(conn, self._judge.probe(head.path), now)
             return
         self._untime(conn)
+        conn.touched = head is None or conn.arrived != head.size + head.length
         conn.state = State.WAITING
         conn.ready_at = now
         self._judge.on_ready(conn, now)
@@ -187,13 +191,12 @@ class Clients:
     def lend(self, conn: Connection) -> None:
         """The request was sent to a process; until `give_back` the slot has the connection."""
         conn.state = State.RUNNING
-        conn.touched = False
         if conn.registered and conn.head is not None and self._still_comes(conn.head):
             self._unregister(conn)
 
     def _still_comes(self, head: Head) -> bool:
         """Whether the rest of the body would wake us for nothing while a slot reads it."""
-        return head.chunked or head.expects or (head.length or 0) > self._serving.request_buffer
+        return head.chunked or head.expects or head.length > self._serving.request_buffer
 
     def take_back(self, conn: Connection) -> None:
         """The process died before it began to read: the request waits again."""
@@ -239,15 +242,20 @@ class Clients:
         try:
             if keep:
                 self._arrivals.take(conn, head.size)
-            conn.sock.send(answer.encode(head.text, keep, head.method == b"HEAD"), _NOW)
+            data = answer.encode(head.text, keep, head.method == b"HEAD")
+            whole = conn.sock.send(data, _NOW) == len(data)
         except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
+            self.close(conn)
+            return
+        if not whole:
             self.close(conn)
             return
         self._untime(conn)
         if keep:
             conn.touched = True
             conn.next_request(conn.ahead, conn.carry)
-            self._go_on(conn, now)
+            self._time(conn, self._idle, now)
+            self._answered.append(conn)
         else:
             self.linger(conn, now)
 
@@ -255,7 +263,7 @@ class Clients:
         """Whether the connection can go on: the request has surely ended where its head did."""
         if conn.state is State.RUNNING or conn.hung_up or not self._serving.keepalive:
             return False
-        if head.has_body or not head.keeps_alive or self._last_call_at is not None:
+        if self._last_call_at is not None or not (head.ends_request and head.keeps_alive):
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
@@ -328,6 +336,7 @@ class Clients:
         """When `tick` is needed next."""
         last_call = self._last_call_at if not self._called else None
         return min(
+            0.0 if self._answered else math.inf,
             self._heads.next(),
             self._bodies.next(),
             self._idle.next(),
@@ -340,11 +349,12 @@ class Clients:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
+        for _ in range(len(self._answered)):
+            self._on_answered(self._answered.popleft(), now)
         for conn in self._glances.expired(now):
             self._on_glance(conn, now)
         for conn in self._quiet.expired(now):
-            if conn.state is State.ARRIVING and conn.head is not None:
-                self._on_ready(conn, now)
+            self._on_quiet(conn, now)
         for conn in self._heads.expired(now):
             self._on_head_late(conn, now)
         for conn in self._bodies.expired(now):
@@ -357,11 +367,23 @@ class Clients:
         if self._last_call_at is not None and not self._called and self._last_call_at <= now:
             self._last_call()
 
+    def _on_answered(self, conn: Connection, now: float) -> None:
+        """One answer a turn: many requests sent at once neither nest nor keep us from others."""
+        if conn.state is State.ARRIVING and conn.head is None:
+            self._go_on(conn, now)
+
     def _on_glance(self, conn: Connection, now: float) -> None:
         if conn.state is State.LINGERING:
             self._drain(conn, now)
         elif conn.state is State.ARRIVING:
             self._on_arriving(conn, now)
+
+    def _on_quiet(self, conn: Connection, now: float) -> None:
+        """A Unix client is silent, perhaps for want of room until what it sent is taken."""
+        if conn.state is not State.ARRIVING or not conn.arrived:
+            return
+        if conn.head is not None or not self._arrivals.take_ahead(conn):
+            self._on_ready(conn, now)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
@@ -375,6 +397,9 @@ class Clients:
         self._arrivals.measure(conn)
         if conn.arrived > before:
             conn.progress_at = now
+        elif conn.head and conn.head.chunked and conn.arrived >= FULL:
+            self._on_ready(conn, now)
+            return
         if now - conn.progress_at >= self._serving.receive_timeout:
             self.answer(conn, body_too_late(self._serving.receive_timeout), now)
         else:
@@ -406,8 +431,13 @@ class Clients:
         self._epoll.unregister(conn.fd)
 
 
+def _is_probe(head: Head) -> bool:
+    """What is not plain is left to gunicorn's parser, lest two readers see two requests."""
+    return head.method in (b"GET", b"HEAD") and head.is_plain
+
+
 def _pause(conn: Connection) -> float:
     """Seconds between two looks: so long that looking stays cheap, however much lies there."""
     if not conn.arrived or conn.mark:
         return 0.0
-    return GLANCE * (1 + conn.arrived / PEEK)
+    return GLANCE * (1 + conn.arrived / SLOWER)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from .channel import Address
 
 if TYPE_CHECKING:
+    from .chunks import Chunks
     from .deadlines import Deadlines
     from .head import Head
 
@@ -31,9 +32,9 @@ class Connection:
     """A socket, and what is known of the request that is on it or on its way."""
 
     __slots__ = (
-        "ahead", "arrived", "carry", "client", "fd", "head", "hung_up", "local", "looked_at",
-        "mark", "number", "progress_at", "ready_at", "registered", "request", "server", "sock",
-        "state", "timer", "touched",
+        "ahead", "arrived", "awaited", "carry", "chunks", "client", "fd", "head", "hung_up",
+        "local", "looked_at", "mark", "number", "progress_at", "ready_at", "registered",
+        "request", "server", "sock", "state", "timer", "touched",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, client: Address, server: Address, local: bool) -> None:
@@ -48,13 +49,15 @@ class Connection:
         self.state = State.ARRIVING
         self.head: Head | None = None
         self.arrived = 0  # bytes of the request seen so far
+        self.awaited = 0  # bytes of a body for which the kernel was asked to have room
+        self.chunks: Chunks | None = None  # how far a chunked body was followed
         self.mark = 0  # SO_RCVLOWAT, if it was raised
         self.request = 0
         self.ready_at = 0.0
         self.looked_at = 0.0
         self.progress_at = 0.0
         self.registered = False  # with epoll
-        self.touched = False  # something came while the connection was in a slot's hands
+        self.touched = False  # something may lie there beyond the request that was seen
         self.hung_up = False  # the client has sent its last byte
         self.timer: Deadlines[Connection] | None = None
 
@@ -89,6 +92,7 @@ class Connection:
         self.ahead = ahead
         self.carry = carry
         self.head = None
+        self.chunks = None
         self.arrived = 0
         self.request = 0
         self.state = State.ARRIVING

@@ -12,8 +12,15 @@ import re
 from typing import NamedTuple
 
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n")
-_LINE = re.compile(rb"([!-~]+) ([!-~]+) HTTP/1\.([01])\r\n")
+_LINE = re.compile(rb"([!-~]+) ([!-~]+) HTTP/(\d\.\d)\r\n")
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*0*(\d*)[ \t]*(?=\r\n)")
+_CODINGS = re.compile(rb"\r\ntransfer-encoding:([^\r\n]*)(?=\r\n)")
+_BEFORE_CHUNKED = (b"identity", b"gzip", b"deflate", b"compress")
+_CONNECTION = re.compile(rb"\r\nconnection:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+_PLAIN = re.compile(
+    rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/1\.\d\r\n"
+    rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*\r\n"
+)
 
 
 class HeadTooLarge(Exception):
@@ -23,23 +30,38 @@ class HeadTooLarge(Exception):
 class Head(NamedTuple):
     """A head that has arrived.
 
-    `size` counts its bytes, PROXY preamble and blank line included. `length` is the
-    Content-Length, None without one. `method` is empty if the request line is malformed.
+    `size` counts its bytes, PROXY preamble and blank line included. `length` and `chunked` say
+    what body to await; `framed`, that one is spoken of at all. `method` is empty if the request
+    line is malformed.
     """
 
     size: int
     text: bytes = b""
     method: bytes = b""
     path: bytes = b""
-    keeps_alive: bool = False
-    length: int | None = None
+    length: int = 0
     chunked: bool = False
     expects: bool = False
+    framed: bool = False
 
     @property
-    def has_body(self) -> bool:
-        """Whether anything but another request may follow the head."""
-        return self.chunked or self.length is not None
+    def is_plain(self) -> bool:
+        """Whether everybody who reads this head takes it for the same one."""
+        return _PLAIN.fullmatch(self.text) is not None
+
+    @property
+    def ends_request(self) -> bool:
+        """Whether the request has surely ended with its head, and another may follow."""
+        return self.is_plain and not self.framed and self.method != b"CONNECT"
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether the client expects to use the connection again; gunicorn's own rule."""
+        field = _CONNECTION.search(self.text)
+        value = field[1].lower() if field else b""
+        if value in (b"close", b"keep-alive"):
+            return value == b"keep-alive"
+        return b" HTTP/1.0\r\n" not in self.text
 
 
 class Limits(NamedTuple):
@@ -88,28 +110,44 @@ def _after_preamble(data: bytes | bytearray) -> int | None:
 
 def _hopeless(data: bytes | bytearray, start: int, limits: Limits) -> bool:
     """Whether gunicorn's parser would refuse this head now, without waiting for its end."""
+    if limits.proxy and len(data) < len(PROXY_V2):
+        return False
     if data.count(b"\n", start) != data.count(b"\r\n", start):
         return True
-    line = data.find(b"\r\n", start + 2)
-    return 0 < limits.line < (line if line >= 0 else len(data) - 2) - start
+    line = start + 2 if data.startswith(b"\r\n", start) else start
+    end = data.find(b"\r\n", line)
+    if end >= 0 and _LINE.match(data, line) is None:
+        return True
+    return 0 < limits.line < (end if end >= 0 else len(data) - 2) - line
 
 
 def _parse(text: bytes, size: int) -> Head:
     line = _LINE.match(text, 2 if text.startswith(b"\r\n") else 0)
     if line is None:
         return Head(size, text)
-    method, target, minor = line.groups()
+    method, target, version = line.groups()
     lower = text.lower()
-    closes = b"\r\nconnection: close\r\n" in lower
-    keeps = not closes and (minor == b"1" or b"\r\nconnection: keep-alive\r\n" in lower)
-    length = _LENGTH.search(lower)
+    length, chunked, framed = 0, False, False
+    if b"\ncontent-length" in lower:
+        lengths, framed = _LENGTH.findall(lower), True
+        length = int(lengths[0][:18] or 0) if len(lengths) == 1 else 0
+    if b"\ntransfer-encoding" in lower:
+        chunked = not framed and version > b"1.0" and _is_chunked(lower)
+        length, framed = 0, True
     return Head(
         size,
         text,
         method,
         target.partition(b"?")[0],
-        keeps,
-        int(length[1]) if length else (0 if b"\ncontent-length" in lower else None),
-        b"\ntransfer-encoding" in lower,
+        length,
+        chunked,
         b"\nexpect:" in lower,
+        framed,
     )
+
+
+def _is_chunked(lower: bytes) -> bool:
+    """Whether the parser will read chunks; any other coding it refuses at once."""
+    values = b",".join(_CODINGS.findall(lower)).split(b",")
+    *others, last = (coding.strip(b" \t") for coding in values)
+    return last == b"chunked" and all(coding in _BEFORE_CHUNKED for coding in others)

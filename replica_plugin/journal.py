@@ -100,7 +100,8 @@ class Journal:
     def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
         if type(self._logger) is Logger and not getattr(self._logger, "access_log_enabled", True):
             return  # statsd's counts them whether there is an access log or not
-        method, target, version, headers = _lines(conn.head.text if conn.head else b"")
+        head = conn.head.text if conn.head else b""
+        method, target, version, headers = _lines(head)
         names = {name.upper(): value for name, value in headers}
         client = conn.client
         environ = {
@@ -114,7 +115,8 @@ class Journal:
             "HTTP_USER_AGENT": names.get("USER-AGENT", "-"),
         }
         status = f"{answer.status} {HTTPStatus(answer.status).phrase}"
-        response = _Response(status, len(answer.text) + 1, [])
+        sent = 0 if method == "HEAD" else len(answer.content(head)[1])
+        response = _Response(status, sent, [])
         self._logger.access(response, _Request(headers), environ, timedelta(seconds=seconds))
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import marshal
 import socket
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -107,8 +108,9 @@ class Slot:
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock).run()
-        except BaseException:  # not even an error could be answered; the slot must go on
-            self._log.exception("A slot failed")
+        except BaseException:  # a logger of the user's, say: it must not cost the slot
+            with suppress(Exception):
+                self._log.exception("A request could not be brought to its end")
         finally:
             self._report(channel, job, report, sock)
 
@@ -162,11 +164,17 @@ class Exchange:
             self._know_proxy()
             response = self._respond()
             return self._report(self._end_of(response))
-        except (StopIteration, NoMoreData) as error:
-            self._log.debug("Closing connection: the client left. %s", error)
-            return self._report(End.ABORT)
-        except BaseException as error:  # sys.exit() in the app ends its request, not the slot
+        except BaseException as error:  # CancelledError and the like are none of the slot's
+            if self._has_left(error):
+                self._log.debug("Closing connection: the client left. %s", error)
+                return self._report(End.ABORT)
             return self._report(self._on_error(error))
+
+    def _has_left(self, error: BaseException) -> bool:
+        """Whether the parser found the stream at its end; an app may raise StopIteration, too."""
+        return isinstance(error, NoMoreData) or (
+            isinstance(error, StopIteration) and self._request is None
+        )
 
     def _report(self, end: End) -> Report:
         ahead = self._parser.unreader.buf.getvalue() if end is End.KEEP else b""

@@ -17,7 +17,7 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 KNOW_GUNICORN = {"answers", "boot", "hook", "journal", "master", "slot", "supervisor", "worker"}
 DISPATCHER = {
-    "answers", "arrival", "channel", "clients", "connection", "deadlines", "decisions",
+    "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
     "dispatcher", "head", "heritage", "journal", "listeners", "pages", "processes", "rate", "rules",
     "supervisor",
 }  # fmt: skip
