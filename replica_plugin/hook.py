@@ -17,26 +17,35 @@ import select
 import socket
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
 
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError
-from .master import Arbiter, Master
+
+if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see `supported`
+    from .master import Arbiter, Master
 
 WORKER = "replica_plugin.worker.ThreadWorker"
 FALLBACK = "gthread"
+_IMPORTING = ("importlib", __package__)  # whose frames lie between a user's file and us
 
 _loaded: Loaded | None = None
+_log: Any = None  # gunicorn's, once it has read its configuration
 _master: Master | None = None
 _told: tuple[str, ...] = ()
 
 
 def supported() -> bool:
     """Whether this system has what a dispatcher needs."""
-    needed = ((select, "epoll"), (os, "pidfd_open"), (os, "memfd_create"), (os, "eventfd"))
-    return all(hasattr(*each) for each in needed) and hasattr(socket, "SCM_RIGHTS")
+    try:
+        select.epoll().close()
+        for fd in (os.pidfd_open(os.getpid()), os.memfd_create("replica-test"), os.eventfd(0)):
+            os.close(fd)
+    except (AttributeError, OSError):  # another system; or an old kernel, or a sandbox
+        return False
+    return hasattr(socket, "SCM_RIGHTS")
 
 
 def gunicorn_settings() -> dict[str, Any]:
@@ -50,8 +59,24 @@ def gunicorn_settings() -> dict[str, Any]:
         "workers": settings.processes_per_replica,
         "threads": settings.threads_per_process,
         "worker_class": WORKER if supported() else FALLBACK,
-        "nworkers_changed": nworkers_changed,
+        "nworkers_changed": _beside_one_above(),
     }
+
+
+def _beside_one_above() -> Callable[..., None]:
+    """Ours, and the one that the user's file has defined above our line, which it replaces."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in _IMPORTING:
+        frame = frame.f_back
+    theirs = frame.f_globals.get("nworkers_changed")
+    if theirs is None:
+        return nworkers_changed
+
+    def both(arbiter: Arbiter, new: int, old: int | None) -> None:  # gunicorn counts arguments
+        nworkers_changed(arbiter, new, old)
+        theirs(arbiter, new, old)
+
+    return both
 
 
 def _load() -> Loaded:
@@ -59,9 +84,9 @@ def _load() -> Loaded:
     try:
         _loaded = load()
     except ConfigError as error:
-        if _master is None:
+        if _log is None:
             raise SystemExit(f"\n{error}\n") from None
-        _master.complain(f"{error}\nThe settings from before go on to hold.")
+        _log.error("%s\nThe settings from before go on to hold.", error)
     assert _loaded is not None
     return _loaded
 
@@ -78,7 +103,9 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     """The number of workers is set: at the start, in a reload, with TTIN and TTOU."""
     if old is None:
         _before_listening(arbiter.cfg, arbiter.log)
-    elif _master is not None:
+        return
+    _forget_modules(arbiter.cfg)
+    if _master is not None:
         _master.tell()
 
 
@@ -89,11 +116,12 @@ def check_config(cfg: Config, log: Any) -> None:
 
 
 def _when_ready(arbiter: Arbiter) -> None:
+    from .master import Master
+
     global _master
     assert _loaded is not None
     _master = Master(arbiter, _loaded.settings)
     _wrap(arbiter, _master)
-    _forget_module()
     arbiter.log.info("%s", _describe(arbiter, _loaded))
 
 
@@ -184,8 +212,8 @@ def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
 
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
-    _forget_module()
-    problems = _refusals(arbiter.cfg)
+    _forget_modules(arbiter.cfg)
+    problems = _refusals(arbiter.cfg, _loaded)
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
     _tell_overrides(arbiter.cfg, arbiter.log)
@@ -193,8 +221,14 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     arbiter.log.info("%s", _describe(arbiter, _loaded))
 
 
-def _forget_module() -> None:
-    """Have `-c python:replica_plugin.conf`, an import, read the settings anew next time."""
+def _forget_modules(cfg: Config) -> None:
+    """Have a reload read the settings anew also where the configuration is a module.
+
+    gunicorn imports it again, which would find it imported already.
+    """
+    configuration = cfg.config or ""
+    if configuration.startswith("python:"):
+        sys.modules.pop(configuration.removeprefix("python:"), None)
     sys.modules.pop("replica_plugin.conf", None)
 
 
@@ -203,17 +237,25 @@ def _forget_module() -> None:
 
 def _before_listening(cfg: Config, log: Any) -> None:
     """Refuse what cannot hold; say what the command line or the user's file overrode."""
+    global _log
     loaded = _loaded or _load()
-    if cfg.worker_class_str == WORKER:
-        problems = _refusals(cfg)
-        if cfg.workers * cfg.threads > loaded.settings.max_replica_concurrency:
-            problems.append(_over_bound(cfg, loaded))
+    _log = log
+    _forget_modules(cfg)
+    if _is_ours(cfg):
+        problems = _refusals(cfg, loaded)
         if problems:
             raise BootError("\n".join(problems))
+    _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
 
 
-def _refusals(cfg: Config) -> list[str]:
+def _is_ours(cfg: Config) -> bool:
+    """Whether the worker class is ours, or made from ours."""
+    made_from = cfg.worker_class.__mro__
+    return any(f"{each.__module__}.{each.__qualname__}" == WORKER for each in made_from)
+
+
+def _refusals(cfg: Config, loaded: Loaded) -> list[str]:
     """Settings of gunicorn that cannot hold with a dispatcher: the reason and the way out."""
     found = []
     if cfg.reuse_port:
@@ -236,6 +278,8 @@ def _refusals(cfg: Config) -> list[str]:
             f"protocol: the dispatcher looks at HTTP requests only (got {cfg.protocol}). "
             "Leave --protocol out and have the proxy speak HTTP."
         )
+    if cfg.workers * cfg.threads > loaded.settings.max_replica_concurrency:
+        found.append(_over_bound(cfg, loaded))
     return found
 
 
@@ -266,17 +310,16 @@ def _tell_overrides(cfg: Config, log: Any) -> None:
 
 
 def _overrides(cfg: Config, loaded: Loaded) -> list[str]:
-    if cfg.worker_class_str != WORKER:
+    if not _is_ours(cfg):
         return [_without_dispatcher(cfg)]
     pairs = (
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
     return [
-        f"{name} gunicorn's {value} ({theirs}) wins over {ours}: {getattr(loaded.settings, ours)} "
-        f"({loaded.sources[ours]})"
+        f"Conflict: gunicorn's {theirs} ({value}) wins over {ours}: "
+        f"{getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
         for ours, theirs, value in pairs
-        for name in ("Conflict:",)
         if getattr(loaded.settings, ours) != value
     ]
 
