@@ -146,6 +146,9 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """TERM: leave when the dispatcher says so."""
         self.alive = False
 
+    def handle_usr1(self, sig: int, frame: Any) -> None:
+        """USR1: the attendant reopens the logs. An idle slot would come to it only when it has work."""
+
     def handle_quit(self, sig: int, frame: Any) -> None:
         """QUIT, INT: leave now."""
         self.serving = False
@@ -192,6 +195,8 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             return
         if signal.SIGTERM in came:
             self.alive = False
+        if signal.SIGUSR1 in came:
+            self.log.reopen_files()
 
     def _beat(self) -> None:
         """Tell gunicorn that we live: with t = 1, unless a request is older than `timeout`.
