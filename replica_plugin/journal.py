@@ -62,6 +62,11 @@ class Journal:
         """Reopen the files, after they were moved away."""
         self._logger.reopen_files()
 
+    @property
+    def _counts(self) -> bool:
+        """Whether the logger tells statsd, too, which is told of requests that are not logged."""
+        return type(self._logger) is not Logger
+
     def info(self, message: str, *args: object) -> None:
         self._logger.info(message, *args)
 
@@ -98,7 +103,7 @@ class Journal:
         self._held.clear()
 
     def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
-        if not (self._logger.cfg.accesslog or getattr(self._logger, "access_log_enabled", True)):
+        if not (self._counts or getattr(self._logger, "access_log_enabled", True)):
             return
         method, target, version, headers = _lines(conn.head.text if conn.head else b"")
         names = {name.upper(): value for name, value in headers}
@@ -141,5 +146,6 @@ def _logger(logging: Mapping[str, Any]) -> Logger:
     config = Config()
     for name, value in logging.items():
         if name in config.settings:
-            config.settings[name].value = value
+            # JSON has made lists of tuples, which no socket takes for an address.
+            config.settings[name].value = tuple(value) if isinstance(value, list) else value
     return config.logger_class(config)
