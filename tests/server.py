@@ -70,6 +70,7 @@ class Server:
         ready: bool = True,
         files: Mapping[str, str] | None = None,
         command: tuple[str, ...] = GUNICORN,
+        listening_in: str | None = None,
         **popen: Any,
     ) -> None:
         self.folder = folder
@@ -83,7 +84,12 @@ class Server:
         with open(self.log_path, "ab") as log:
             self.process = subprocess.Popen(line, stdout=log, stderr=log, **options)
         try:
-            self.addresses = self._addresses(len(bind) or 1)
+            if listening_in is None:
+                self.addresses = self._addresses(len(bind) or 1)
+            else:
+                if listening_in:
+                    self._await_file(listening_in)
+                self.addresses = [str(folder / each.removeprefix("unix:")) for each in bind]
             if ready:
                 self.wait_ready()
         except BaseException:
@@ -110,6 +116,10 @@ class Server:
             return str(wait_for(found, pattern)[-1])
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log}") from None
+
+    def _await_file(self, name: str) -> None:
+        path = self.folder / name
+        wait_for(lambda: path.exists() and "Listening at: " in path.read_text(), "listening")
 
     def _addresses(self, count: int) -> list[Any]:
         wait_for(

@@ -69,6 +69,7 @@ def test_lowering_the_slots_starts_nothing_while_more_are_running(start, stage):
     old = [server.later(f"/hold/{n}") for n in range(4)]
     actors = stage.take(4)
     reload(server, {"processes_per_replica": 1, "threads_per_process": 1})
+    server.wait_numbers(processes=1, slots=2 + 2 + 1)
     new = server.later("/hold/new")
     server.wait_numbers(waiting=1)
     for actor in actors[:3]:
