@@ -196,7 +196,15 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         if signal.SIGTERM in came:
             self.alive = False
         if signal.SIGUSR1 in came:
+            self._reopen_logs()
+
+    def _reopen_logs(self) -> None:
+        """If we may not, a successor may, who gets them from the master."""
+        try:
             self.log.reopen_files()
+        except OSError as error:
+            print(f"Leaving, since the logs cannot be opened: {error}", file=sys.stderr, flush=True)
+            self.alive = False
 
     def _beat(self) -> None:
         """Tell gunicorn that we live: with t = 1, unless a request is older than `timeout`.
