@@ -132,7 +132,7 @@ class Server:
 
     def _address(self, name: str) -> Any:
         if name.startswith("unix:"):
-            return name.removeprefix("unix:")
+            return str(self.folder / name.removeprefix("unix:"))
         host, _, port = name.removeprefix("http://").rpartition(":")
         return (host.strip("[]"), int(port))
 
