@@ -16,13 +16,24 @@ FALLBACK = "gthread"
 
 def supported() -> bool:
     """Whether this system has what a dispatcher needs."""
-    needed = ((select, "epoll"), (os, "pidfd_open"), (os, "memfd_create"), (os, "eventfd"))
-    return all(hasattr(*each) for each in needed) and hasattr(socket, "SCM_RIGHTS")
+    try:
+        select.epoll().close()
+        for fd in (os.pidfd_open(os.getpid()), os.memfd_create("replica-test"), os.eventfd(0)):
+            os.close(fd)
+    except (AttributeError, OSError):  # another system; or an old kernel, or a sandbox
+        return False
+    return hasattr(socket, "SCM_RIGHTS")
 
 
 def worker_class() -> str:
     """Our worker class, or gunicorn's own where ours cannot work."""
     return WORKER if supported() else FALLBACK
+
+
+def _is_ours(cfg: Config) -> bool:
+    """Whether the worker class is ours, or made from ours."""
+    made_from = cfg.worker_class.__mro__
+    return any(f"{each.__module__}.{each.__qualname__}" == WORKER for each in made_from)
 
 
 def describe(processes: int, threads: int, loaded: Loaded) -> str:
@@ -38,15 +49,15 @@ def describe(processes: int, threads: int, loaded: Loaded) -> str:
 
 def overrides(cfg: Config, loaded: Loaded) -> list[str]:
     """What of gunicorn's command line or configuration won over our settings."""
-    if cfg.worker_class_str != WORKER:
+    if not _is_ours(cfg):
         return [_without_dispatcher(cfg)]
     pairs = (
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
     return [
-        f"Conflict: {theirs} is {value} in gunicorn's own settings, which wins over "
-        f"{ours}: {getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
+        f"Conflict: gunicorn's {theirs} ({value}) wins over {ours}: "
+        f"{getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
         for ours, theirs, value in pairs
         if getattr(loaded.settings, ours) != value
     ]
@@ -55,7 +66,7 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
 def _without_dispatcher(cfg: Config) -> str:
     why = "this worker class was asked for"
     if not supported():
-        why = "this system lacks epoll, pidfd, memfd or the passing of descriptors"
+        why = "this system lacks epoll, pidfd or the passing of descriptors"
     return (
         f"No dispatcher: worker class {cfg.worker_class_str} ({why}). Each process keeps a queue "
         f"of its own, with {cfg.threads} threads; that all slots are used before a request waits "
@@ -65,7 +76,7 @@ def _without_dispatcher(cfg: Config) -> str:
 
 def refusals(cfg: Config, loaded: Loaded) -> list[str]:
     """Settings that cannot hold with a dispatcher: the reason and the way out."""
-    if cfg.worker_class_str != WORKER:
+    if not _is_ours(cfg):
         return []
     found = []
     if cfg.reuse_port:

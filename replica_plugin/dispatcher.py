@@ -121,7 +121,7 @@ class Dispatcher:
         self._clients.tick(now)
         self._perform(self._decisions.tick(now), now)
         self._journal.tick(now)
-        if self._stop is not None:
+        if self._stop is not None and self._stop.graceful:
             self._go_on_stopping(self._stop, now)
 
     def _numbers(self, now: float) -> Numbers:

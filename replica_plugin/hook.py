@@ -23,10 +23,13 @@ from . import boot
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError
 
-if TYPE_CHECKING:  # what follows needs epoll and more, which not every system has
+if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
     from .master import Arbiter, Master
 
+_IMPORTING = ("importlib", __package__)  # whose frames lie between a user's file and us
+
 _loaded: Loaded | None = None
+_log: Any = None  # gunicorn's, once it has read its configuration
 _master: Master | None = None
 _told: tuple[str, ...] = ()
 
@@ -42,8 +45,24 @@ def gunicorn_settings() -> dict[str, Any]:
         "workers": settings.processes_per_replica,
         "threads": settings.threads_per_process,
         "worker_class": boot.worker_class(),
-        "nworkers_changed": nworkers_changed,
+        "nworkers_changed": _beside_one_above(),
     }
+
+
+def _beside_one_above() -> Callable[..., None]:
+    """Ours, and the one that the user's file has defined above our line, which it replaces."""
+    frame = sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in _IMPORTING:
+        frame = frame.f_back
+    theirs = frame.f_globals.get("nworkers_changed")
+    if theirs is None:
+        return nworkers_changed
+
+    def both(arbiter: Arbiter, new: int, old: int | None) -> None:  # gunicorn counts arguments
+        nworkers_changed(arbiter, new, old)
+        theirs(arbiter, new, old)
+
+    return both
 
 
 def _load() -> Loaded:
@@ -51,9 +70,9 @@ def _load() -> Loaded:
     try:
         _loaded = load()
     except ConfigError as error:
-        if _master is None:
+        if _log is None:
             raise SystemExit(f"\n{error}\n") from None
-        _master.complain(f"{error}\nThe settings from before go on to hold.")
+        _log.error("%s\nThe settings from before go on to hold.", error)
     assert _loaded is not None
     return _loaded
 
@@ -70,7 +89,9 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     """The number of workers is set: at the start, in a reload, with TTIN and TTOU."""
     if old is None:
         _before_listening(arbiter.cfg, arbiter.log)
-    elif _master is not None:
+        return
+    _forget_modules(arbiter.cfg)
+    if _master is not None:
         _master.tell()
 
 
@@ -81,13 +102,13 @@ def check_config(cfg: Config, log: Any) -> None:
 
 
 def _when_ready(arbiter: Arbiter) -> None:
-    global _master
     from .master import Master
+
+    global _master
 
     assert _loaded is not None
     _master = Master(arbiter, _loaded.settings)
     _wrap(arbiter, _master)
-    _forget_module()
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
@@ -178,7 +199,7 @@ def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
 
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
-    _forget_module()
+    _forget_modules(arbiter.cfg)
     problems = boot.refusals(arbiter.cfg, _loaded)
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
@@ -187,8 +208,14 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
-def _forget_module() -> None:
-    """Have `-c python:replica_plugin.conf`, an import, read the settings anew next time."""
+def _forget_modules(cfg: Config) -> None:
+    """Have a reload read the settings anew also where the configuration is a module.
+
+    gunicorn imports it again, which would find it imported already.
+    """
+    configuration = cfg.config or ""
+    if configuration.startswith("python:"):
+        sys.modules.pop(configuration.removeprefix("python:"), None)
     sys.modules.pop("replica_plugin.conf", None)
 
 
@@ -197,10 +224,14 @@ def _forget_module() -> None:
 
 def _before_listening(cfg: Config, log: Any) -> None:
     """Refuse what cannot hold; say what the command line or the user's file overrode."""
+    global _log
     loaded = _loaded or _load()
+    _log = log
+    _forget_modules(cfg)
     problems = boot.refusals(cfg, loaded)
     if problems:
         raise BootError("\n".join(problems))
+    _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
 
 

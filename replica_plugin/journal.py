@@ -50,17 +50,26 @@ class Journal:
     """The logs, as one process writes them."""
 
     def __init__(self, logging: Mapping[str, Any]) -> None:
-        self._logger = _open(logging)
+        self.setup(logging)
         self._held: Counter[str] = Counter()
         self._quiet_until: float | None = None
 
     def setup(self, logging: Mapping[str, Any]) -> None:
-        """Settings have changed: log as they say from now on."""
+        """Log as these settings say from now on."""
+        self._logging = logging
         self._logger = _open(logging)
 
     def reopen(self) -> None:
         """Reopen the files, after they were moved away."""
-        self._logger.reopen_files()
+        try:
+            self._logger.reopen_files()
+        except OSError as error:
+            self._logger = _to_stderr(self._logging, error)
+
+    @property
+    def _counts(self) -> bool:
+        """Whether the logger tells statsd, too, which is told of requests that are not logged."""
+        return type(self._logger) is not Logger
 
     def info(self, message: str, *args: object) -> None:
         self._logger.info(message, *args)
@@ -98,8 +107,8 @@ class Journal:
         self._held.clear()
 
     def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
-        if type(self._logger) is Logger and not getattr(self._logger, "access_log_enabled", True):
-            return  # statsd's counts them whether there is an access log or not
+        if not (self._counts or getattr(self._logger, "access_log_enabled", True)):
+            return
         head = conn.head.text if conn.head else b""
         method, target, version, headers = _lines(head)
         names = {name.upper(): value for name, value in headers}
@@ -132,16 +141,27 @@ def _open(logging: Mapping[str, Any]) -> Logger:
     """gunicorn's logger; without a logconfig that needs the app's own modules."""
     try:
         return _logger(logging)
+    except OSError as error:
+        return _to_stderr(logging, error)
     except Exception as error:
         plain = {name: value for name, value in logging.items() if name not in _NOT_TEXT}
-        logger = _logger(plain)
+        logger = _open(plain)
         logger.warning("The dispatcher logs without logconfig, which it cannot load: %s", error)
         return logger
+
+
+def _to_stderr(logging: Mapping[str, Any], error: OSError) -> Logger:
+    """For files that cannot be opened any more, by a user who is not root: better than nothing."""
+    files = dict.fromkeys((*_NOT_TEXT, "accesslog", "capture_output"))
+    logger = _logger({**logging, **files, "errorlog": "-"})
+    logger.error("The dispatcher logs to stderr, since it cannot open its log: %s", error)
+    return logger
 
 
 def _logger(logging: Mapping[str, Any]) -> Logger:
     config = Config()
     for name, value in logging.items():
         if name in config.settings:
-            config.settings[name].value = value
+            # JSON has made lists of tuples, which no socket takes for an address.
+            config.settings[name].value = tuple(value) if isinstance(value, list) else value
     return config.logger_class(config)

@@ -130,10 +130,6 @@ class Master:
             self._arbiter.log.warning("The supervisor has not ended in time: killing it")
             signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
-    def complain(self, message: str) -> None:
-        """Log an error of the operator's."""
-        self._arbiter.log.error("%s", message)
-
     def reopen_logs(self) -> None:
         self._reopen += 1
         self.tell()

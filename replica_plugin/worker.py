@@ -139,6 +139,9 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """TERM: leave when the dispatcher says so."""
         self.alive = False
 
+    def handle_usr1(self, sig: int, frame: Any) -> None:
+        """USR1: the attendant reopens the logs; an idle slot would only when it has work."""
+
     def handle_quit(self, sig: int, frame: Any) -> None:
         """QUIT, INT: leave now."""
         self.serving = False
@@ -179,7 +182,15 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         if signal.SIGTERM in came:
             self.alive = False
         if signal.SIGUSR1 in came:
+            self._reopen_logs()
+
+    def _reopen_logs(self) -> None:
+        """If we may not, a successor may, who gets them from the master."""
+        try:
             self.log.reopen_files()
+        except OSError as error:
+            print(f"Leaving, since the logs cannot be opened: {error}", file=sys.stderr, flush=True)
+            self.alive = False
 
     def _beat(self) -> None:
         """Tell gunicorn that we live: with t = 1, unless a request is older than `timeout`.

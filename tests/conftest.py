@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from server import Server
+from server import Ended, Server, all_pids, environ_of, run_to_its_end, wait_for
 from stage import Stage
 
 Start = Callable[..., Server]
@@ -20,11 +22,12 @@ class Starter:
         self._folder = folder
         self.stage = Stage(folder)
         self.servers: list[Server] = []
+        self._ended: list[Ended] = []
 
     def __call__(self, *arguments: str, **options: Any) -> Server:
         folder = self._folder / f"server{len(self.servers)}"
         folder.mkdir()
-        env = {"STAGE": self.stage.path, **options.pop("env", {})}
+        env = {**self._environment, **options.pop("env", {})}
         server = Server(folder, *arguments, env=env, **options)
         self.servers.append(server)
         return server
@@ -38,6 +41,33 @@ class Starter:
                 except BaseException:
                     server.kill()
                     raise
+        self.wait_nothing_left()
+
+    def wait_nothing_left(self) -> None:
+        """Wait until no process lives that has our stage in its environment."""
+        try:
+            wait_for(lambda: not self.left(), "no process left")
+        except AssertionError:
+            for pid in self.left():
+                os.kill(pid, signal.SIGKILL)
+            raise
+
+    def left(self) -> list[int]:
+        mark = f"STAGE={self.stage.path}\0".encode()
+        return [pid for pid in all_pids() if mark in environ_of(pid)]
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        """Stock gunicorn opens a control socket in the user's home."""
+        return {"STAGE": self.stage.path, "HOME": str(self._folder)}
+
+    def to_its_end(self, *arguments: str, **options: Any) -> Ended:
+        """Run a gunicorn that ends by itself."""
+        folder = self._folder / f"ended{len(self._ended)}"
+        folder.mkdir()
+        env = {**self._environment, **options.pop("env", {})}
+        self._ended.append(run_to_its_end(folder, *arguments, env=env, **options))
+        return self._ended[-1]
 
 
 @pytest.fixture

@@ -24,6 +24,7 @@ from stage import PATIENCE
 from replica_plugin.pages import Numbers, ReplicaPage
 
 TESTS = Path(__file__).parent
+GUNICORN = (sys.executable, "-m", "gunicorn")
 OURS = ("-c", "python:replica_plugin.conf")
 STOCK = ("-k", "gthread")
 
@@ -39,8 +40,23 @@ def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE)
         time.sleep(0.005)
 
 
+def environment(env: Mapping[str, str | None] | None = None) -> dict[str, str]:
+    """The environment of a gunicorn: ours without what configures it; None leaves out."""
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("REPLICA_", "GUNICORN"))}
+    clean.pop("WEB_CONCURRENCY", None)
+    wanted = {**clean, "PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", **(env or {})}
+    return {name: value for name, value in wanted.items() if value is not None}
+
+
+def write_files(folder: Path, files: Mapping[str, str]) -> None:
+    for name, text in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
 class Server:
-    """A gunicorn, started in a folder of its own."""
+    """A gunicorn, started in a folder of its own: `command`, options, app."""
 
     def __init__(
         self,
@@ -50,24 +66,30 @@ class Server:
         base: tuple[str, ...] = OURS,
         bind: tuple[str, ...] = ("127.0.0.1:0",),
         app: str = "served_app:application",
-        env: Mapping[str, str] | None = None,
+        env: Mapping[str, str | None] | None = None,
         ready: bool = True,
+        files: Mapping[str, str] | None = None,
+        command: tuple[str, ...] = GUNICORN,
+        listening_in: str | None = None,
+        **popen: Any,
     ) -> None:
         self.folder = folder
+        write_files(folder, files or {})
         self.log_path = folder / "log"
         if config is not None:
             self.write_config(config)
-        clean = {k: v for k, v in os.environ.items() if not k.startswith(("REPLICA_", "GUNICORN"))}
-        clean.pop("WEB_CONCURRENCY", None)
-        clean |= {"PYTHONPATH": str(TESTS), "PYTHONUNBUFFERED": "1", **(env or {})}
         binds = [part for each in bind for part in ("--bind", each)]
-        command = [sys.executable, "-m", "gunicorn", *base, *binds, *arguments, app]
+        line = [*command, *base, *binds, *arguments, app]
+        options = {"cwd": folder, "env": environment(env), "stdin": subprocess.DEVNULL, **popen}
         with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(
-                command, cwd=folder, env=clean, stdin=subprocess.DEVNULL, stdout=log, stderr=log
-            )
+            self.process = subprocess.Popen(line, stdout=log, stderr=log, **options)
         try:
-            self.addresses = self._addresses(len(bind))
+            if listening_in is None:
+                self.addresses = self._addresses(len(bind) or 1)
+            else:
+                if listening_in:
+                    self._await_file(listening_in)
+                self.addresses = [str(folder / each.removeprefix("unix:")) for each in bind]
             if ready:
                 self.wait_ready()
         except BaseException:
@@ -95,6 +117,10 @@ class Server:
         except AssertionError as error:
             raise AssertionError(f"{error}\n{self.log}") from None
 
+    def _await_file(self, name: str) -> None:
+        path = self.folder / name
+        wait_for(lambda: path.exists() and "Listening at: " in path.read_text(), "listening")
+
     def _addresses(self, count: int) -> list[Any]:
         wait_for(
             lambda: "Listening at: " in self.log or self.process.poll() is not None, "listening"
@@ -106,7 +132,7 @@ class Server:
 
     def _address(self, name: str) -> Any:
         if name.startswith("unix:"):
-            return name.removeprefix("unix:")
+            return str(self.folder / name.removeprefix("unix:"))
         host, _, port = name.removeprefix("http://").rpartition(":")
         return (host.strip("[]"), int(port))
 
@@ -209,6 +235,56 @@ class Server:
     def later(self, path: str, which: int = 0) -> Pending:
         """One request in a thread of its own."""
         return Pending(lambda: self.get(path, which))
+
+
+@dataclass
+class Ended:
+    """What a gunicorn said that ended by itself."""
+
+    folder: Path
+    code: int
+    output: str
+
+    @property
+    def listened(self) -> bool:
+        return "Listening at" in self.output
+
+
+def run_to_its_end(
+    folder: Path,
+    *arguments: str,
+    base: tuple[str, ...] = OURS,
+    app: tuple[str, ...] = ("served_app:application",),
+    env: Mapping[str, str | None] | None = None,
+    files: Mapping[str, str] | None = None,
+    command: tuple[str, ...] = GUNICORN,
+) -> Ended:
+    """Run a gunicorn of which we expect that it ends by itself."""
+    write_files(folder, files or {})
+    line = [*command, *base, "--bind", "127.0.0.1:0", *arguments, *app]
+    done = subprocess.run(
+        line,
+        cwd=folder,
+        env=environment(env),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+    )
+    return Ended(folder, done.returncode, done.stdout)
+
+
+def all_pids() -> list[int]:
+    return [int(each.name) for each in Path("/proc").glob("[0-9]*")]
+
+
+def environ_of(pid: int) -> bytes:
+    """The environment a process was started with; nothing for one that is gone."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return b""
 
 
 def _command(pid: int) -> bytes:

@@ -1,0 +1,214 @@
+"""HUP: what is read anew, what cannot change, and what a mistake does not break."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from server import OURS, wait_for
+from test_hook_start import APP, IMPORT, messages
+
+FORMS = {
+    "module": (OURS, {}),
+    "file": (("-c", "replica_plugin.conf"), {"replica_plugin.conf": IMPORT}),
+    "own module": (("-c", "python:own"), {"own.py": IMPORT}),
+}
+BOOT = "Replica: "
+
+
+def reload(server, config=None, *, text=None):
+    """Change the settings, HUP, and wait until the master has taken them up."""
+    before = server.log.count(BOOT)
+    if config is not None:
+        server.write_config(config)
+    if text is not None:
+        (server.folder / "replica.yaml").write_text(text)
+    server.tell(signal.SIGHUP)
+    server.wait_log(BOOT, before + 1)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_changed_settings_are_in_effect_after_hup_in_every_form_of_configuration(
+    start, stage, form
+):
+    base, files = FORMS[form]
+    server = start(base=base, files=files, config={"threads_per_process": 2})
+    # A probe says when the new settings are in effect: its path is one of them.
+    changed = {
+        "processes_per_replica": 2,
+        "threads_per_process": 1,
+        "max_replica_concurrency": 3,
+        "queue_timeout": "200ms",
+        "probes": "/new/",
+    }
+    reload(server, changed)
+    wait_for(lambda: server.get("/new/readyz").status == 200, "the new probes")
+    assert server.get("/-/readyz").status == 404
+    server.wait_numbers(processes=2, slots=2)
+    running = [server.later(f"/hold/{n}") for n in range(2)]
+    actors = stage.take(2)
+    assert len({actor.pid for actor in actors}) == 2
+    waiting = server.later("/hello")
+    server.wait_numbers(running=2, waiting=1)
+    assert server.get("/hello").body == (
+        b"The replica is full: 3 requests are in flight, as many as "
+        b"max_replica_concurrency (3) admits.\n"
+    )
+    assert waiting.result().body == b"No slot became free within queue_timeout (0.2 s).\n"
+    for actor in actors:
+        actor.finish()
+    assert [each.result().status for each in running] == [200, 200]
+    assert (
+        "Replica: 2 processes x 1 threads = 2 requests at a time (thread mode), "
+        "up to 1 waiting (max_replica_concurrency 3), from replica.yaml"
+    ) in messages(server.log, "INFO")
+
+
+def test_lowering_the_slots_starts_nothing_while_more_are_running(start, stage):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 2})
+    old = [server.later(f"/hold/{n}") for n in range(4)]
+    actors = stage.take(4)
+    reload(server, {"processes_per_replica": 1, "threads_per_process": 1})
+    server.wait_numbers(processes=1, slots=2 + 2 + 1)
+    new = server.later("/hold/new")
+    server.wait_numbers(waiting=1)
+    for actor in actors[:3]:
+        actor.finish()
+    server.wait_numbers(running=1, waiting=1)
+    assert stage.is_empty()
+    actors[3].finish()
+    last = stage.next()
+    assert last.main and last.pid not in {actor.pid for actor in actors}
+    last.finish()
+    assert {each.result().status for each in [*old, new]} == {200}
+
+
+BAD = "processes_per_replica: 0\nqueue_timeot: 3s\n"
+
+
+@pytest.mark.parametrize("form", ["module", "file"])
+def test_a_broken_yaml_is_told_at_hup_and_the_old_settings_hold_until_it_is_mended(start, form):
+    base, files = FORMS[form]
+    server = start(base=base, files=files, config={"processes_per_replica": 2})
+    old = server.workers
+    reload(server, text=BAD)
+    told = server.log.partition("[ERROR] ")[2]
+    assert told.startswith(
+        "replica.yaml:1: processes_per_replica: must be greater than or equal to 1 (got 0)\n"
+        "replica.yaml:2: queue_timeot: unknown key; did you mean queue_timeout?\n"
+        "The settings from before go on to hold.\n"
+    )
+    assert "Traceback" not in server.log
+    assert server.get("/").status == 200
+    server.wait_numbers(processes=2, slots=2)
+    wait_for(lambda: not set(old) & set(server.workers), "a rolling restart")
+    reload(server, {"processes_per_replica": 3})
+    server.wait_numbers(processes=3, slots=3)
+
+
+def test_a_bound_below_the_command_lines_slots_is_told_at_hup_and_does_not_stop_us(start):
+    server = start("-w", "2", "--threads", "2", config={})
+    reload(server, {"max_replica_concurrency": 3})
+    assert messages(server.log, "ERROR") == [
+        "Not possible with a replica, and left alone: max_replica_concurrency (3) is less than "
+        "workers x threads (2 x 2 = 4). Raise it, or lower workers or threads."
+    ]
+    assert server.get("/").status == 200
+
+
+def test_a_changed_bind_is_refused_at_hup_and_serving_goes_on(start):
+    text = "bind = '127.0.0.1:0'\n"
+    server = start(base=(), bind=(), files={"gunicorn.conf.py": IMPORT + text})
+    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "bind = ['127.0.0.1:0', 'unix:x']\n")
+    reload(server)
+    assert messages(server.log, "ERROR") == [
+        "bind has changed, which needs a restart; it stays ['127.0.0.1:0']"
+    ]
+    assert server.get("/").status == 200
+    reload(server)
+    assert server.get("/").status == 200
+    assert not (server.folder / "x").exists()
+
+
+def test_a_changed_worker_class_is_refused_at_hup_and_serving_goes_on(start):
+    server = start(base=(), files={"gunicorn.conf.py": IMPORT})
+    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "worker_class = 'gthread'\n")
+    reload(server)
+    assert messages(server.log, "ERROR") == [
+        "worker_class has changed, which needs a restart; "
+        "it stays replica_plugin.worker.ThreadWorker"
+    ]
+    server.wait_numbers(processes=1)
+    assert server.get("/").status == 200
+
+
+def test_what_cannot_hold_is_told_at_hup_and_left_alone(start):
+    server = start(base=(), files={"gunicorn.conf.py": IMPORT})
+    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "reuse_port = True\n")
+    old = server.workers
+    reload(server)
+    assert messages(server.log, "ERROR") == [
+        "Not possible with a replica, and left alone: reuse_port: one dispatcher accepts for all "
+        "workers, so a socket for each of them would not be served. Leave --reuse-port out."
+    ]
+    wait_for(lambda: old != server.workers and len(server.workers) == 1, "new workers")
+    assert server.get("/").status == 200
+
+
+def test_new_code_of_the_app_is_picked_up_by_new_processes(start):
+    server = start(files={"app.py": APP}, app="app:app", config={"processes_per_replica": 2})
+    old = server.workers
+    assert server.get("/").body == b"here"
+    (server.folder / "app.py").write_text(APP.replace("here", "there"))
+    reload(server)
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes gone")
+    server.wait_numbers(processes=2)
+    assert [server.get("/").body for _ in range(4)] == [b"there"] * 4
+
+
+def test_hup_finds_the_settings_of_the_folder_it_was_started_in_with_chdir(start, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "app.py").write_text(APP)
+    server = start("--chdir", str(elsewhere), app="app:app", config={"processes_per_replica": 2})
+    reload(server, {"processes_per_replica": 3})
+    server.wait_numbers(processes=3)
+    assert server.get("/").body == b"here"
+
+
+@pytest.mark.parametrize("form", ["module", "file"])
+def test_without_a_dispatcher_hup_reads_the_settings_too(start, form):
+    base, files = FORMS[form]
+    server = start("-k", "gthread", base=base, files=files, config={"processes_per_replica": 1})
+    server.write_config({"processes_per_replica": 3})
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: len(server.workers) == 3, "three workers")
+    (server.folder / "replica.yaml").write_text(BAD)
+    server.tell(signal.SIGHUP)
+    server.wait_log("The settings from before go on to hold.")
+    assert server.get("/").status == 200
+
+
+def test_the_settings_of_gunicorn_that_the_dispatcher_uses_change_with_hup(start):
+    """The limit of a request's line, which the dispatcher looks at, and keepalive."""
+    server = start(base=(), files={"gunicorn.conf.py": IMPORT + "keepalive = 0\n"})
+    with server.connect() as client:
+        assert client.get("/-/healthz").headers["Connection"] == "close"
+    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "keepalive = 5\n")
+    reload(server)
+
+    def kept():
+        with server.connect() as client:
+            return client.get("/-/healthz").headers["Connection"] == "keep-alive"
+
+    wait_for(kept, "keep-alive")
+
+
+@pytest.mark.parametrize("signals", ["ttin", "ttou"])
+def test_ttin_and_ttou_change_the_number_of_processes(start, signals):
+    server = start(config={"processes_per_replica": 2})
+    number, wanted = {"ttin": (signal.SIGTTIN, 3), "ttou": (signal.SIGTTOU, 1)}[signals]
+    server.tell(number)
+    server.wait_numbers(processes=wanted, slots=wanted)
+    wait_for(lambda: len(server.workers) == wanted, "as many workers")
+    assert server.get("/").status == 200

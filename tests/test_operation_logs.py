@@ -1,0 +1,224 @@
+"""Logs: where the dispatcher writes, and that all of them are reopened together."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+from server import wait_for
+from test_hook_start import IMPORT
+
+FULL = {"max_replica_concurrency": 1}
+REFUSAL = '"GET /hello?q=1 HTTP/1.1" 503'
+
+
+def refuse(server, stage):
+    """Have the dispatcher refuse one request."""
+    running = server.later("/hold/x")
+    actor = stage.next()
+    with server.connect() as client:
+        assert client.get("/hello?q=1", Referer="http://here", User_Agent="test").status == 503
+    actor.finish()
+    assert running.result().status == 200
+
+
+def lines(path, part):
+    return [line for line in path.read_text().splitlines() if part in line]
+
+
+def test_a_refusal_is_in_the_access_log_in_the_same_format_as_other_requests(start, stage):
+    server = start("--access-logfile", "access", config=FULL)
+    refuse(server, stage)
+    access = server.folder / "access"
+    wait_for(lambda: len(lines(access, '"GET /h')) == 2, "two lines")
+    (refused,) = lines(access, REFUSAL)
+    assert re.fullmatch(
+        r"127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "
+        rf'{re.escape(REFUSAL)} \d+ "http://here" "test"',
+        refused,
+    )
+    (served,) = lines(access, '"GET /hold/x HTTP/1.1" 200')
+    assert served.split(" ")[0] == "127.0.0.1"
+
+
+def test_the_access_logs_format_holds_for_refusals(start, stage):
+    fields = "%(m)s|%(U)s|%(q)s|%(H)s|%(s)s|%(B)s|%(f)s|%(a)s|%({host}i)s"
+    server = start("--access-logfile", "access", "--access-logformat", fields, config=FULL)
+    refuse(server, stage)
+    access = server.folder / "access"
+    wait_for(lambda: lines(access, "503"), "the refusal")
+    body = (
+        "The replica is full: 1 requests are in flight, as many as "
+        "max_replica_concurrency (1) admits.\n"
+    )
+    assert lines(access, "503") == [
+        f"GET|/hello|q=1|HTTP/1.1|503|{len(body)}|http://here|test|test"
+    ]
+
+
+def test_without_an_access_log_there_is_none(start, stage):
+    server = start(config=FULL)
+    refuse(server, stage)
+    server.stop()
+    assert "HTTP/1.1" not in server.log
+    assert len(re.findall("503: The replica is full", server.log)) == 1
+
+
+LEVEL = IMPORT + "loglevel = '{}'\n"
+
+
+def test_the_log_level_holds_for_the_dispatcher(start, stage):
+    files = {"gunicorn.conf.py": LEVEL.format("error")}
+    server = start(base=(), bind=("unix:here",), files=files, config=FULL, listening_in="")
+    refuse(server, stage)
+    server.stop()
+    assert server.log == ""
+
+
+@pytest.mark.parametrize(("before", "after"), [("error", "warning"), ("warning", "error")])
+def test_the_log_level_of_the_dispatcher_changes_with_hup(start, stage, before, after):
+    files = {"gunicorn.conf.py": LEVEL.format(before)}
+    server = start(base=(), bind=("unix:here",), files=files, config=FULL, listening_in="")
+    old = server.workers
+    (server.folder / "gunicorn.conf.py").write_text(LEVEL.format(after))
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: len(server.workers) == 1 and server.workers != old, "a new process")
+    server.wait_numbers(processes=1, slots=1)
+    refuse(server, stage)
+    server.stop()
+    assert server.log.count("[WARNING] 503: The replica is full") == (after == "warning")
+
+
+LOGGING = """
+logconfig_dict = {{
+    "formatters": {{"short": {{"format": "%(name)s %(levelname)s %(message)s"}}}},
+    "handlers": {{"file": {{"class": "{handler}", "filename": "custom", "formatter": "short"}}}},
+    "root": {{"handlers": ["file"], "level": "INFO"}},
+    "loggers": {{
+        name: {{"handlers": ["file"], "propagate": False, "level": "INFO"}}
+        for name in ("gunicorn.error", "gunicorn.access")
+    }},
+}}
+"""
+INI = """
+[loggers]
+keys=root, gunicorn.error, gunicorn.access
+[handlers]
+keys=file
+[formatters]
+keys=short
+[logger_root]
+handlers=file
+level=INFO
+[logger_gunicorn.error]
+handlers=file
+level=INFO
+propagate=0
+qualname=gunicorn.error
+[logger_gunicorn.access]
+handlers=file
+level=INFO
+propagate=0
+qualname=gunicorn.access
+[handler_file]
+class=FileHandler
+args=("custom",)
+formatter=short
+[formatter_short]
+format=%(name)s %(levelname)s %(message)s
+"""
+
+
+@pytest.mark.parametrize("kind", ["dict", "ini"])
+def test_a_logconfig_holds_for_the_dispatcher(start, stage, kind):
+    text = IMPORT
+    text += LOGGING.format(handler="logging.FileHandler") if kind == "dict" else "logconfig = 'ini'"
+    files = {"gunicorn.conf.py": text, "ini": INI}
+    # Stock gunicorn says where it listens in its log, too.
+    server = start(base=(), files=files, config=FULL, bind=("unix:here",), listening_in="custom")
+    refuse(server, stage)
+    custom = server.folder / "custom"
+    wait_for(lambda: lines(custom, REFUSAL), "the refusal")
+    assert lines(custom, REFUSAL)[0].startswith("gunicorn.access INFO ")
+    assert lines(custom, "503: The replica is full")[0].startswith("gunicorn.error WARNING 503: ")
+    assert server.log == ""
+
+
+def test_a_logconfig_with_the_apps_own_classes_is_left_out_with_a_warning(start, stage):
+    own = "import logging\nclass Own(logging.FileHandler):\n    pass\n"
+    text = IMPORT + LOGGING.format(handler="own.Own")
+    server = start(
+        base=(),
+        files={"gunicorn.conf.py": text, "own.py": own},
+        config=FULL,
+        bind=("unix:here",),
+        listening_in="custom",
+    )
+    refuse(server, stage)
+    server.wait_log(
+        r"\[WARNING\] The dispatcher logs without logconfig, which it cannot load: "
+        "Unable to configure handler 'file'"
+    )
+    server.wait_log(r"\[WARNING\] 503: The replica is full")
+
+
+def test_syslog_gets_what_the_dispatcher_says(start, stage):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslog:
+        syslog.bind(("127.0.0.1", 0))
+        syslog.settimeout(20)
+        address = f"udp://127.0.0.1:{syslog.getsockname()[1]}"
+        server = start("--log-syslog", "--log-syslog-to", address, config=FULL)
+        refuse(server, stage)
+        wanted = {REFUSAL.encode(), b"503: The replica is full", b'"GET /hold/x HTTP/1.1" 200'}
+        while wanted:
+            line = syslog.recv(65536)
+            wanted -= {each for each in wanted if each in line}
+
+
+def test_statsd_counts_refusals_and_requests(start, stage):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as statsd:
+        statsd.bind(("127.0.0.1", 0))
+        statsd.settimeout(20)
+        address = f"127.0.0.1:{statsd.getsockname()[1]}"
+        server = start("--statsd-host", address, "--statsd-prefix", "here", config=FULL)
+        refuse(server, stage)
+        wanted = {b"here.gunicorn.request.status.503:1|c", b"here.gunicorn.request.status.200:1|c"}
+        while wanted:
+            line = statsd.recv(65536)
+            wanted -= {each for each in wanted if each in line}
+
+
+# USR1.
+
+
+def files_of(pid):
+    """The regular log files a process has open."""
+    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    return {link.rpartition("/")[2] for link in links if "/access" in link or "/error" in link}
+
+
+@pytest.mark.parametrize("capture", [(), ("--capture-output",)])
+def test_usr1_reopens_the_logs_of_all_processes_after_they_were_moved_away(start, stage, capture):
+    server = start(
+        "--access-logfile", "access", "--error-logfile", "error", *capture,
+        bind=("unix:here",), listening_in="error", config={**FULL, "processes_per_replica": 1},
+    )  # fmt: skip
+    refuse(server, stage)
+    for name in ("access", "error"):
+        (server.folder / name).rename(server.folder / f"{name}.1")
+    server.tell(signal.SIGUSR1)
+    everyone = [server.process.pid, server.supervisor, server.dispatcher, *server.workers]
+    for pid in everyone:
+        wait_for(lambda pid=pid: files_of(pid) == {"access", "error"}, "reopened")
+    refuse(server, stage)
+    access = server.folder / "access"
+    wait_for(lambda: len(lines(access, '"GET /h')) == 2, "both requests in the new log")
+    assert len(lines(access, REFUSAL)) == 1
+    assert len(lines(server.folder / "access.1", '"GET /h')) == 2
+    server.tell(signal.SIGKILL, server.dispatcher)
+    error = server.folder / "error"
+    wait_for(lambda: lines(error, "died (-9): restarting it"), "the supervisor's line")
