@@ -373,8 +373,11 @@ class Clients:
         """A Unix client is silent, perhaps because what it sent must be taken before it can go on."""
         if conn.state is not State.ARRIVING or not conn.arrived:
             return
+        before = len(conn.ahead)
         if conn.head is not None or not self._arrivals.take_ahead(conn):
             self._on_ready(conn, now)
+        elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
+            self._look(conn, now)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
