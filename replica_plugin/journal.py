@@ -98,7 +98,8 @@ class Journal:
         self._held.clear()
 
     def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
-        if not (self._logger.cfg.accesslog or getattr(self._logger, "access_log_enabled", True)):
+        cfg = self._logger.cfg
+        if not (cfg.accesslog or cfg.statsd_host or getattr(self._logger, "access_log_enabled", True)):
             return
         head = conn.head.text if conn.head else b""
         method, target, version, headers = _lines(head)
