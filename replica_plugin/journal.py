@@ -145,4 +145,6 @@ def _logger(logging: Mapping[str, Any]) -> Logger:
     for name, value in logging.items():
         if name in config.settings:
             config.settings[name].value = value
+    if isinstance(config.statsd_host, list):  # JSON, in which it came, has no tuples
+        config.settings["statsd_host"].value = tuple(config.statsd_host)
     return config.logger_class(config)
