@@ -7,10 +7,10 @@ moment, since its own buffer may be full (of 70 small writes, if it asks before 
 A part of a head is then taken, not sent to a slot. The last two are judged by the caller.
 
 A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
-For a chunked body it is set and taken back at once: the receive buffer, which grew with it,
-stays large. Else a body above some 100 KB would never arrive while nobody reads. The mark is
-kernel memory, so all marks together are bounded; and it travels with the connection, so it
-is taken back before a slot gets that.
+For a chunked body it is then moved along, from the end of one chunk to that of the next. The
+first makes the receive buffer large: else a body above some 100 KB would never arrive while
+nobody reads. The mark is kernel memory, so all marks together are bounded; and it travels
+with the connection, so it is taken back before a slot gets that.
 """
 
 from __future__ import annotations
@@ -79,9 +79,21 @@ class Arrivals:
         self._marks += size
         conn.awaited = size
         conn.wake_at(size)
-        if head.chunked:  # whose end may come much sooner; the room that the mark made remains
-            conn.wake_at(0)
+        self.follow_chunks(conn)
         return True
+
+    def follow_chunks(self, conn: Connection) -> None:
+        """Lower the mark of a chunked body, or move it on, to where something new can be seen.
+
+        The room in the kernel that the first and highest mark made remains.
+        """
+        if conn.chunks is not None and conn.awaited:
+            needed = conn.chunks.needed - len(conn.ahead)
+            conn.wake_at(max(1, min(conn.awaited, needed)))
+
+    def is_short(self, conn: Connection) -> bool:
+        """Whether less has come than the mark that the kernel should have waited for."""
+        return 0 < conn.arrived - len(conn.ahead) < conn.mark
 
     def forget_body(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""

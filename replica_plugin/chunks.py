@@ -11,21 +11,28 @@ from __future__ import annotations
 import re
 
 MANY = 4096  # chunks of one body that are followed
+SHORTEST = 5  # bytes of the last chunk, which always comes
 LONGEST = 8192  # bytes of a chunk's size line or of a trailer section that are awaited
 _SIZE = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]*;[^\r\n]*)?\r\n")
 
 
 class Chunks:
-    """Follows the chunks of one body. `at` is where the next size line begins."""
+    """Follows the chunks of one body.
 
-    __slots__ = ("_seen", "at")
+    `at` is where the next size line begins; `needed`, how long the request must at least be
+    before there is anything new to see.
+    """
+
+    __slots__ = ("_seen", "at", "needed")
 
     def __init__(self, start: int) -> None:
         self.at = start
+        self.needed = start + SHORTEST
         self._seen = 0
 
     def end_is_seen(self, data: bytes) -> bool:
         """Whether `data`, the request so far, holds the end of the body, or no body at all."""
+        self.needed = max(len(data) + 1, self.at + SHORTEST)
         while self.at < len(data):
             line = _SIZE.match(data, self.at)
             if line is None:
@@ -38,6 +45,7 @@ class Chunks:
             if data[after : after + 2] != b"\r\n"[: max(0, len(data) - after)]:
                 return True
             if after + 2 > len(data):
+                self.needed = after + 2 + SHORTEST
                 return False
             self.at = after + 2
             self._seen += 1

@@ -140,11 +140,10 @@ class Clients:
         `woken` says that the kernel reported the socket readable. If it does so below the
         mark we set, it is short of memory, and waiting for more would never end.
         """
-        marked = woken and conn.mark > 0
         sight = self._arrivals.look(conn)
         if sight is Sight.LEFT:
             self.close(conn)
-        elif sight is Sight.READY or (marked and not conn.hung_up):
+        elif sight is Sight.READY or (woken and self._arrivals.is_short(conn) and not conn.hung_up):
             self._on_ready(conn, now)
         elif sight is Sight.TOO_LARGE:
             self.answer(conn, head_too_large(self._serving.limits.head), now)
@@ -163,6 +162,8 @@ class Clients:
             if not self._arrivals.expect_body(conn, conn.head):
                 self._on_ready(conn, now)
                 return
+        elif conn.head is not None:
+            self._arrivals.follow_chunks(conn)
         elif conn.arrived and conn.timer is self._idle:
             self._time(conn, self._heads, now)
         if conn.local and conn.arrived and conn not in self._quiet:
@@ -382,8 +383,11 @@ class Clients:
         """A Unix client is silent, perhaps for want of room until what it sent is taken."""
         if conn.state is not State.ARRIVING or not conn.arrived:
             return
+        before = len(conn.ahead)
         if conn.head is not None or not self._arrivals.take_ahead(conn):
             self._on_ready(conn, now)
+        elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
+            self._look(conn, now)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
@@ -438,6 +442,6 @@ def _is_probe(head: Head) -> bool:
 
 def _pause(conn: Connection) -> float:
     """Seconds between two looks: so long that looking stays cheap, however much lies there."""
-    if not conn.arrived or conn.mark:
+    if not conn.arrived or (conn.mark and conn.chunks is None):
         return 0.0
     return GLANCE * (1 + conn.arrived / SLOWER)

@@ -97,8 +97,11 @@ class Processes:
                 self._register(message, fds, now)
             elif isinstance(message, Adopt):
                 self._office.on_adopt(message, socket.socket(fileno=fds[0]), now)
-            else:
+            elif fds:
                 close_all(fds)
+            else:  # the master and all processes are gone: the end is all there is to read
+                self._epoll.unregister(self._control.fileno())
+                return
 
     def _register(self, offer: Register, fds: list[int], now: float) -> None:
         channel, cells, pidfd = fds

@@ -250,7 +250,14 @@ def method(environ, start_response):
     return [body]
 
 
+def variable(environ, start_response):
+    body = os.environ.get(environ["PATH_INFO"].rpartition("/")[2], "").encode()
+    start_response("200 OK", sized(len(body)))
+    return [body]
+
+
 HANDLERS = {
+    "env/RAW": variable,
     "": method,
     "*": method,
     "bad-header-name": bad_header_name,

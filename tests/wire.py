@@ -28,7 +28,7 @@ class Seen(NamedTuple):
 
     @property
     def status(self) -> int:
-        return int(self.line.split()[1])
+        return _status(self.line)
 
 
 class Outcome(NamedTuple):
@@ -78,7 +78,7 @@ class Wire:
             name.lower(): value.strip() for name, _, value in (h.partition(b":") for h in headers)
         }
         kept = tuple(sorted(h for h in headers if not h.lower().startswith(b"date:")))
-        return Seen(line, kept, self._body(int(line.split()[1]), method, named))
+        return Seen(line, kept, self._body(_status(line), method, named))
 
     def outcome(self, *methods: str) -> Outcome:
         """So many replies, to requests of these methods; then one more request, if possible."""
@@ -185,7 +185,8 @@ def start_pair(
     folder = start.stage.path.removesuffix("stage")
     servers = []
     for name, base in (("ours", OURS), ("stock", STOCK)):
-        bind = options.get("bind", ("127.0.0.1:0", f"unix:{os.path.join(folder, name)}"))
+        unix = os.path.join(folder, f"{name}{len(start.servers)}")
+        bind = options.get("bind", ("127.0.0.1:0", f"unix:{unix}"))
         here = (*arguments, "--threads", str(threads)) if base is STOCK else arguments
         kept = () if "--keep-alive" in arguments else ("--keep-alive", str(int(PATIENCE * 3)))
         more = {**options, "bind": bind, "config": config if base is OURS else None}
@@ -211,3 +212,9 @@ def chunked(path: str, *chunks: bytes, end: bytes = b"0\r\n\r\n") -> bytes:
     """A request with a chunked body."""
     content = b"".join(b"%x\r\n%s\r\n" % (len(chunk), chunk) for chunk in chunks)
     return request(path, "Transfer-Encoding: chunked", method="POST") + content + end
+
+
+def _status(line: bytes) -> int:
+    """The status of a reply; 0 for gunicorn's `None`, which an app gets that never set one."""
+    code = line.split()[1]
+    return int(code) if code.isdigit() else 0
