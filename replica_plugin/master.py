@@ -42,6 +42,9 @@ STARTER = (
 )
 """What the supervisor runs, isolated: the working directory may hold a `queue.py`."""
 
+# Isolation takes Python's variables away, of which this one is kept.
+_FLAGS = ("-I", "-B") if sys.dont_write_bytecode else ("-I",)
+
 LEAVE_TIME = 2.0  # seconds the helpers get to send their last bytes when all workers are gone
 
 
@@ -158,7 +161,7 @@ class Master:
         )
         inherited = json.dumps({**vars(inheritance), "path": _import_path()})
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", STARTER, inherited],
+            [sys.executable, *_FLAGS, "-c", STARTER, inherited],
             stdin=subprocess.DEVNULL,
             pass_fds=inheritance.fds(),
             start_new_session=True,

@@ -79,7 +79,7 @@ class Processes:
     def on_event(self, fd: int, mask: int, now: float) -> None:
         """epoll has something to say about the control socket, a channel or a pidfd."""
         if fd == self._control.fileno():
-            self._on_control(now)
+            self._on_control(mask, now)
         elif fd in self._by_channel:
             self._on_channel(self._by_channel[fd], mask, now)
         elif fd in self._by_pidfd:
@@ -87,7 +87,8 @@ class Processes:
 
     # What processes say.
 
-    def _on_control(self, now: float) -> None:
+    def _on_control(self, mask: int, now: float) -> None:
+        """Read it empty. Its end comes when the master and all processes are gone."""
         while True:
             try:
                 message, fds = receive_control(self._control)
@@ -97,11 +98,12 @@ class Processes:
                 self._register(message, fds, now)
             elif isinstance(message, Adopt):
                 self._office.on_adopt(message, socket.socket(fileno=fds[0]), now)
-            elif fds:
+            else:
                 close_all(fds)
-            else:  # the master and all processes are gone: the end is all there is to read
-                self._epoll.unregister(self._control.fileno())
-                return
+                if not fds:
+                    break
+        if mask & select.EPOLLHUP:
+            self._epoll.unregister(self._control.fileno())
 
     def _register(self, offer: Register, fds: list[int], now: float) -> None:
         channel, cells, pidfd = fds

@@ -103,6 +103,7 @@ class Supervisor:
         self._pidfd = -1
         self._born = 0.0
         self._watched = 0.0
+        self._orphaned = False
 
     def run(self) -> None:
         gc.collect()
@@ -169,8 +170,8 @@ class Supervisor:
         """The dispatcher has ended: well, and so do we, or not, and there is another."""
         _, status = os.waitpid(self._child, 0)
         code = os.waitstatus_to_exitcode(status)
-        if code == 0:
-            sys.exit(0)
+        if code == 0 or self._orphaned:
+            sys.exit(code != 0)
         self._poll.unregister(self._pidfd)
         os.close(self._pidfd)
         self._journal.error("The dispatcher (pid %d) died (%s): restarting it", self._child, code)
@@ -205,4 +206,5 @@ class Supervisor:
     def _on_master_death(self) -> None:
         """The dispatcher knows too, finishes, and ends; nothing is restarted after that."""
         self._poll.unregister(self._inheritance.master_pidfd)
+        self._orphaned = True
         self._close_listeners()

@@ -27,7 +27,7 @@ class Starter:
     def __call__(self, *arguments: str, **options: Any) -> Server:
         folder = self._folder / f"server{len(self.servers)}"
         folder.mkdir()
-        env = {**self._environment, **options.pop("env", {})}
+        env = {**self.environment, **options.pop("env", {})}
         server = Server(folder, *arguments, env=env, **options)
         self.servers.append(server)
         return server
@@ -56,8 +56,14 @@ class Starter:
         mark = f"STAGE={self.stage.path}\0".encode()
         return [pid for pid in all_pids() if mark in environ_of(pid)]
 
+    def folder(self, name: str) -> Path:
+        """A folder of its own for something started by hand, with `environment`."""
+        folder = self._folder / name
+        folder.mkdir()
+        return folder
+
     @property
-    def _environment(self) -> dict[str, str]:
+    def environment(self) -> dict[str, str]:
         """Stock gunicorn opens a control socket in the user's home."""
         return {"STAGE": self.stage.path, "HOME": str(self._folder)}
 
@@ -65,7 +71,7 @@ class Starter:
         """Run a gunicorn that ends by itself."""
         folder = self._folder / f"ended{len(self._ended)}"
         folder.mkdir()
-        env = {**self._environment, **options.pop("env", {})}
+        env = {**self.environment, **options.pop("env", {})}
         self._ended.append(run_to_its_end(folder, *arguments, env=env, **options))
         return self._ended[-1]
 

@@ -172,7 +172,7 @@ class Server:
         """The master's child that was started by exec."""
 
         def found() -> list[int]:
-            return [p for p in self.children() if b"replica_plugin.supervisor" in _command(p)]
+            return [pid for pid in self.children() if is_supervisor(pid)]
 
         return int(wait_for(found, "supervisor")[0])
 
@@ -182,7 +182,7 @@ class Server:
 
     @property
     def workers(self) -> list[int]:
-        return [pid for pid in self.children() if b"replica_plugin.supervisor" not in _command(pid)]
+        return [pid for pid in self.children() if not is_supervisor(pid)]
 
     def numbers(self) -> Numbers:
         """The replica in numbers, as its dispatcher last wrote them."""
@@ -292,6 +292,10 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def is_supervisor(pid: int) -> bool:
+    return b"replica_plugin.supervisor" in _command(pid)
 
 
 def _lives(pid: int) -> bool:

@@ -1,0 +1,122 @@
+"""USR2, and apps that cannot be loaded."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from server import OURS, STOCK, Pending, is_supervisor, wait_for
+from test_hook_start import APP, COMMAND
+
+BROKEN_APPS = {
+    "no module": ("missing:app", {}, 3, "ModuleNotFoundError: No module named 'missing'"),
+    "no attribute": (
+        "app:none", {"app.py": APP}, 4, "Failed to find attribute 'none' in 'app'.",
+    ),
+    "an error": ("app:app", {"app.py": "1 / 0"}, 3, "ZeroDivisionError: division by zero"),
+    "not callable": ("app:app", {"app.py": "app = 1"}, 4, "Application object must be callable."),
+    "exits": ("app:app", {"app.py": "raise SystemExit(3)"}, 3, "Worker failed to boot."),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("base", [OURS, STOCK], ids=["ours", "stock"])
+@pytest.mark.parametrize("name", BROKEN_APPS)
+def test_an_app_that_cannot_be_loaded_ends_gunicorn_with_its_own_message(start, name, base):
+    app, files, code, message = BROKEN_APPS[name]
+    ended = start.to_its_end(app=(app,), files=files, base=base)
+    assert ended.code == code
+    assert message in ended.output
+    start.wait_nothing_left()
+
+
+@pytest.mark.parametrize("base", [OURS, STOCK], ids=["ours", "stock"])
+def test_an_app_that_cannot_be_preloaded_ends_gunicorn_before_it_listens(start, base):
+    ended = start.to_its_end("--preload", app=("app:app",), files={"app.py": "1 / 0"}, base=base)
+    assert (ended.code, ended.listened) == (1, False)
+    assert "ZeroDivisionError: division by zero" in ended.output
+    start.wait_nothing_left()
+
+
+def test_a_new_master_serves_beside_the_old_one_and_no_request_fails(start, stage):
+    config = {"processes_per_replica": 2, "threads_per_process": 2}
+    server = start("--pid", "pid", config=config, command=COMMAND)
+    ask = Asking(server)
+    held = server.later("/hold/old")
+    actor = stage.next()
+    old = server.process.pid
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    server.wait_log("Replica: ", 2)
+    wait_for(lambda: len(_workers(server, new)) == 2, "the new master's workers")
+    # One request that a process of the new master has answered.
+    wait_for(lambda: server.get("/numbers").json["pid"] in _workers(server, new), "it serves")
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: "Handling signal: term" in server.log, "the old one stops")
+    actor.finish()
+    assert held.result().status == 200
+    assert server.process.wait(20) == 0
+    wait_for(lambda: _text(server.folder / "pid") == f"{new}\n", "the new one is promoted")
+    assert ask.stop() == {200}
+    assert server.get("/").status == 200
+    server.tell(signal.SIGTERM, new)
+    start.wait_nothing_left()
+    assert old != new
+
+
+def test_a_new_master_that_is_stopped_leaves_the_old_one_as_it_was(start):
+    server = start("--pid", "pid", command=COMMAND)
+    ask = Asking(server)
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    server.wait_log("Replica: ", 2)
+    wait_for(lambda: server.get("/numbers").json["pid"] in _workers(server, new), "it serves")
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: not (server.folder / "pid.2").exists(), "the new one gone")
+    wait_for(lambda: new not in server.children(), "the new one gone")
+    assert ask.stop() == {200}
+    assert server.get("/numbers").json["pid"] in server.workers
+    server.wait_numbers(processes=1)
+
+
+PAUSE = 0.01  # leaves the processors to those who boot
+
+
+class Asking:
+    """Somebody who asks all the time, on new connections and on one that is kept."""
+
+    def __init__(self, server):
+        self._server = server
+        self._done = False
+        self._pending = [Pending(self._on_new_ones), Pending(self._on_kept_ones)]
+
+    def _on_new_ones(self):
+        seen = set()
+        while not self._done:
+            seen.add(self._server.get("/").status)
+            time.sleep(PAUSE)
+        return seen
+
+    def _on_kept_ones(self):
+        seen = set()
+        while not self._done:
+            with self._server.connect() as client:
+                reply = client.get("/")
+                while reply.headers["Connection"] == "keep-alive" and not self._done:
+                    reply = client.get("/")
+                    seen.add(reply.status)
+                    time.sleep(PAUSE)
+        return seen
+
+    def stop(self):
+        """All statuses that were seen; raises what a request raised."""
+        self._done = True
+        return set.union(*(each.result() for each in self._pending))
+
+
+def _workers(server, master):
+    return [pid for pid in server.children(master) if not is_supervisor(pid)]
+
+
+def _text(path):
+    return path.read_text() if path.exists() else ""
