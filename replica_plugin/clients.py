@@ -66,6 +66,7 @@ class Clients:
         self._arrivals = Arrivals(serving)
         self._last_call_at: float | None = None
         self._called = False
+        self._soon: list[Connection] = []  # answered here, and looked at again next turn
         self._heads: Deadlines[Connection] = Deadlines(None)
         self._bodies: Deadlines[Connection] = Deadlines(None)
         self._idle: Deadlines[Connection] = Deadlines(None)
@@ -239,15 +240,19 @@ class Clients:
         try:
             if keep:
                 self._arrivals.take(conn, head.size)
-            conn.sock.send(answer.encode(head.text, keep, head.method == b"HEAD"), _NOW)
-        except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
+            data = answer.encode(head.text, keep, head.method == b"HEAD")
+            taken = conn.sock.send(data, _NOW) == len(data)
+        except OSError:
+            taken = False
+        if not taken:  # it has left, or has no room for a few hundred bytes: it reads no answers
             self.close(conn)
             return
         self._untime(conn)
         if keep:
-            conn.touched = True
             conn.next_request(conn.ahead, conn.carry)
-            self._go_on(conn, now)
+            conn.looked_at = 0.0
+            self._time(conn, self._idle, now)
+            self._soon.append(conn)  # not now: a pipeline of a thousand would recurse as deep
         else:
             self.linger(conn, now)
 
@@ -326,6 +331,8 @@ class Clients:
 
     def next_deadline(self) -> float:
         """When `tick` is needed next."""
+        if self._soon:
+            return 0.0
         last_call = self._last_call_at if not self._called else None
         return min(
             self._heads.next(),
@@ -340,6 +347,10 @@ class Clients:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
+        soon, self._soon = self._soon, []
+        for conn in soon:
+            if conn.state is State.ARRIVING:
+                self._look(conn, now)
         for conn in self._glances.expired(now):
             self._on_glance(conn, now)
         for conn in self._quiet.expired(now):
