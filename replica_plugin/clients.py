@@ -222,8 +222,8 @@ class Clients:
             return
         conn.looked_at = 0.0
         self._time(conn, self._idle, now)
-        if conn.touched or conn.ahead:
-            self._look(conn, now)
+        if conn.touched or conn.ahead or (conn.registered and conn.unread()):
+            self._look(conn, now)  # what came while it waited has had its event, and woke nobody
         else:
             self._register(conn)
 
