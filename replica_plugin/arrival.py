@@ -12,6 +12,7 @@ connection, so it is taken back before a slot gets that.
 
 from __future__ import annotations
 
+import re
 import socket
 from enum import Enum, auto
 
@@ -22,6 +23,7 @@ from .rules import Serving
 PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
 ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
+_LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
@@ -124,8 +126,8 @@ class Arrivals:
                 return False
         if not head.has_body or head.expects:
             return True
-        if head.chunked and data.endswith(b"0\r\n\r\n"):
-            return True
+        if head.chunked and _LAST_CHUNK.search(data, head.size - 2):
+            return True  # a hint: trailers or another request may follow, and data may look so
         return conn.arrived >= self._enough(head)
 
     def _enough(self, head: Head) -> int:
