@@ -372,7 +372,7 @@ class Clients:
         if conn.state is State.LINGERING:
             self._drain(conn, now)
         elif conn.state is State.ARRIVING:
-            self._on_arriving(conn, now)
+            self._look(conn, now)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
