@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})[ \t]*\r\n")
+_CONNECTION = re.compile(rb"\r\nconnection:([^\r\n]*)")
 _LINE = re.compile(rb"([!-~]+) ([!-~]+) HTTP/1\.([01])\r\n")
 
 
@@ -100,8 +101,8 @@ def _parse(text: bytes, size: int) -> Head:
         return Head(size, text)
     method, target, minor = line.groups()
     lower = text.lower()
-    closes = b"\r\nconnection: close\r\n" in lower
-    keeps = not closes and (minor == b"1" or b"\r\nconnection: keep-alive\r\n" in lower)
+    options = b",".join(_CONNECTION.findall(lower))
+    keeps = b"close" not in options and (minor == b"1" or b"keep-alive" in options)
     length = _LENGTH.search(lower)
     return Head(
         size,
