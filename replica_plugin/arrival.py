@@ -5,10 +5,9 @@ A request is ready when it is complete, or when more of it need not or cannot be
 woke us below the mark we set, being short of memory; a Unix client has been silent for a
 moment, since its own buffer may be full. The last two are judged by the caller.
 
-A body of known length is awaited with few wake-ups: SO_RCVLOWAT is set to twice what has
-come, and to what is needed at last. The mark is kernel memory, so all marks together are
-bounded, and a client that sends nothing uses up none of them. It travels with the connection,
-so it is taken back before a slot gets that.
+A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
+The mark is kernel memory, so all marks together are bounded; and it travels with the
+connection, so it is taken back before a slot gets that.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from .rules import Serving
 
 PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
-FIRST_MARK = 1 << 16  # bytes that any connection's buffer holds, however many there are
-ALL_MARKS = 256 << 20  # bytes of bodies beyond that which may be awaited, all together
+ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
 _LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
@@ -71,21 +69,17 @@ class Arrivals:
         """Have the kernel wake us when enough is there; False if too much is awaited already."""
         if conn.local or head.chunked:
             return True
-        came = conn.arrived - len(conn.ahead)
-        mark = min(self._enough(head) - len(conn.ahead), max(FIRST_MARK, 2 * came))
-        if mark == conn.mark:
-            return True
-        more = _beyond(mark) - _beyond(conn.mark)
-        if self._marks + more > ALL_MARKS:
+        mark = self._enough(head) - len(conn.ahead)
+        if self._marks + mark > ALL_MARKS:
             return False
-        self._marks += more
+        self._marks += mark
         conn.wake_at(mark)
         return True
 
     def forget_body(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""
         if conn.mark:
-            self._marks -= _beyond(conn.mark)
+            self._marks -= conn.mark
             conn.wake_at(0)
 
     def take(self, conn: Connection, size: int) -> None:
@@ -141,8 +135,3 @@ class Arrivals:
         if head.chunked:
             return head.size + min(self.serving.request_buffer, CHUNKED_LOOK)
         return head.size + min(head.length or 0, self.serving.request_buffer)
-
-
-def _beyond(mark: int) -> int:
-    """What a mark costs: the kernel has the rest ready for every connection."""
-    return max(0, mark - FIRST_MARK)

@@ -138,11 +138,11 @@ class Clients:
         `woken` says that the kernel reported the socket readable. If it does so below the
         mark we set, it is short of memory, and waiting for more would never end.
         """
+        marked = woken and conn.mark > 0
         sight = self._arrivals.look(conn)
-        short = woken and conn.arrived - len(conn.ahead) < conn.mark
         if sight is Sight.LEFT:
             self.close(conn)
-        elif sight is Sight.READY or (short and not conn.hung_up):
+        elif sight is Sight.READY or (marked and not conn.hung_up):
             self._on_ready(conn, now)
         elif sight is Sight.TOO_LARGE:
             self.answer(conn, head_too_large(self._serving.limits.head), now)
@@ -160,7 +160,6 @@ class Clients:
             self._time(conn, self._bodies, now)
             if conn.local:
                 self._quiet.start(conn, now)
-        if conn.head is not None:
             if not self._arrivals.expect_body(conn, conn.head):
                 self._on_ready(conn, now)
                 return
