@@ -23,6 +23,7 @@ from .rules import Serving
 PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
 ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
+FREE_MARK = 1 << 16  # and so many of each, which any connection's buffer holds
 _LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
@@ -65,21 +66,24 @@ class Arrivals:
         """Count what has come, without looking at it."""
         conn.arrived = len(conn.ahead) + conn.unread()
 
-    def expect_body(self, conn: Connection, head: Head) -> bool:
-        """Have the kernel wake us when enough is there; False if too much is awaited already."""
+    def expect_body(self, conn: Connection, head: Head) -> None:
+        """Have the kernel wake us when enough is there, or a part if much is awaited already.
+
+        A part, not at once: clients that announce much and send nothing would get the slots.
+        """
         if conn.local or head.chunked:
-            return True
+            return
         mark = self._enough(head) - len(conn.ahead)
-        if self._marks + mark > ALL_MARKS:
-            return False
-        self._marks += mark
+        if self._marks + _cost(mark) > ALL_MARKS:
+            mark = min(mark, FREE_MARK)
+        self._marks += _cost(mark)
         conn.wake_at(mark)
-        return True
+        conn.invite()
 
     def forget_body(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""
         if conn.mark:
-            self._marks -= conn.mark
+            self._marks -= _cost(conn.mark)
             conn.wake_at(0)
 
     def take(self, conn: Connection, size: int) -> None:
@@ -135,3 +139,8 @@ class Arrivals:
         if head.chunked:
             return head.size + min(self.serving.request_buffer, CHUNKED_LOOK)
         return head.size + min(head.length or 0, self.serving.request_buffer)
+
+
+def _cost(mark: int) -> int:
+    """What a mark takes of ALL_MARKS."""
+    return max(0, mark - FREE_MARK)

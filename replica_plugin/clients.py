@@ -38,7 +38,7 @@ _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
-LOCAL_QUIET = 0.1  # seconds of silence after which a Unix client may be stuck on a full buffer
+QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
 LINGER = 2.0  # seconds a client that has been answered may take to stop sending
 LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
 DRAINS = 64  # reads of what a lingering client sends, before others have their turn
@@ -71,7 +71,7 @@ class Clients:
         self._bodies: Deadlines[Connection] = Deadlines(None)
         self._idle: Deadlines[Connection] = Deadlines(None)
         self._glances: Deadlines[Connection] = Deadlines(GLANCE)
-        self._quiet: Deadlines[Connection] = Deadlines(LOCAL_QUIET)
+        self._quiet: Deadlines[Connection] = Deadlines(QUIET)
         self._lingering: Deadlines[Connection] = Deadlines(LINGER)
         self.serve(serving)
 
@@ -136,17 +136,20 @@ class Clients:
         """See how much of a request has come, and act on it.
 
         `woken` says that the kernel reported the socket readable. If it does so below the
-        mark we set, it is short of memory, and waiting for more would never end.
+        mark we set, its buffer may be about to be full: see what comes in the next moment.
         """
         marked = woken and conn.mark > 0
         sight = self._arrivals.look(conn)
         if sight is Sight.LEFT:
             self.close(conn)
-        elif sight is Sight.READY or (marked and not conn.hung_up):
+        elif sight is Sight.READY:
             self._on_ready(conn, now)
         elif sight is Sight.TOO_LARGE:
             self.answer(conn, head_too_large(self._serving.limits.head), now)
         else:
+            if marked:
+                conn.invite()
+                self._quiet.start(conn, now)
             self._expect_more(conn, now)
 
     def _expect_more(self, conn: Connection, now: float) -> None:
@@ -160,9 +163,7 @@ class Clients:
             self._time(conn, self._bodies, now)
             if conn.local:
                 self._quiet.start(conn, now)
-            if not self._arrivals.expect_body(conn, conn.head):
-                self._on_ready(conn, now)
-                return
+            self._arrivals.expect_body(conn, conn.head)
         elif conn.arrived and conn.timer is self._idle:
             self._time(conn, self._heads, now)
         self._register(conn)
@@ -354,7 +355,7 @@ class Clients:
         for conn in self._glances.expired(now):
             self._on_glance(conn, now)
         for conn in self._quiet.expired(now):
-            if conn.state is State.ARRIVING and conn.head is not None:
+            if conn.state is State.ARRIVING and (conn.local or conn.is_stuck()):
                 self._on_ready(conn, now)
         for conn in self._heads.expired(now):
             self._on_head_late(conn, now)

@@ -27,10 +27,10 @@ def probe(server: Server, name: str, which: int = 0) -> tuple[int, bytes]:
 def test_probes_answer_while_every_slot_keeps_the_gil_and_the_queue_is_full(start, which):
     server = start(config={**TWO, "max_replica_concurrency": 8}, bind=BOTH)
     kept = server.connect(which)
-    clients = [server.connect(which).ask("/burn/50") for _ in range(8)]
+    clients = [server.connect(which).ask("/burn/25") for _ in range(8)]
     server.wait_numbers(running=4, waiting=4)
     assert server.get("/hello", which).status == 503
-    for _ in range(20):
+    for _ in range(10):
         assert probe(server, "healthz", which) == HEALTHY
         assert probe(server, "readyz", which) == READY
         assert kept.get("/-/healthz").status == 200
