@@ -15,6 +15,7 @@ with the connection, so it is taken back before a slot gets that.
 
 from __future__ import annotations
 
+import re
 import socket
 from contextlib import suppress
 from enum import Enum, auto
@@ -28,6 +29,8 @@ from .rules import Serving
 PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
 ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
+FREE_MARK = 1 << 16  # and so many of each, which any connection's buffer holds
+_LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 

@@ -74,7 +74,7 @@ class Clients:
         self._bodies: Deadlines[Connection] = Deadlines(None)
         self._idle: Deadlines[Connection] = Deadlines(None)
         self._glances: Deadlines[Connection] = Deadlines(GLANCE)
-        self._quiet: Deadlines[Connection] = Deadlines(LOCAL_QUIET)
+        self._quiet: Deadlines[Connection] = Deadlines(QUIET)
         self._lingering: Deadlines[Connection] = Deadlines(LINGER)
         self.serve(serving)
 
@@ -138,7 +138,7 @@ class Clients:
         """See how much of a request has come, and act on it.
 
         `woken` says that the kernel reported the socket readable. If it does so below the
-        mark we set, it is short of memory, and waiting for more would never end.
+        mark we set, its buffer may be about to be full: see what comes in the next moment.
         """
         sight = self._arrivals.look(conn)
         if sight is Sight.LEFT:
@@ -148,6 +148,9 @@ class Clients:
         elif sight is Sight.TOO_LARGE:
             self.answer(conn, head_too_large(self._serving.limits.head), now)
         else:
+            if marked:
+                conn.invite()
+                self._quiet.start(conn, now)
             self._expect_more(conn, now)
 
     def _expect_more(self, conn: Connection, now: float) -> None:
@@ -225,8 +228,8 @@ class Clients:
             return
         conn.looked_at = 0.0
         self._time(conn, self._idle, now)
-        if conn.touched or conn.ahead:
-            self._look(conn, now)
+        if conn.touched or conn.ahead or (conn.registered and conn.unread()):
+            self._look(conn, now)  # what came while it waited has had its event, and woke nobody
         else:
             self._register(conn)
 
@@ -253,7 +256,6 @@ class Clients:
             return
         self._untime(conn)
         if keep:
-            conn.touched = True
             conn.next_request(conn.ahead, conn.carry)
             self._time(conn, self._idle, now)
             self._answered.append(conn)
@@ -335,6 +337,8 @@ class Clients:
 
     def next_deadline(self) -> float:
         """When `tick` is needed next."""
+        if self._soon:
+            return 0.0
         last_call = self._last_call_at if not self._called else None
         return min(
             0.0 if self._answered else math.inf,
@@ -377,7 +381,7 @@ class Clients:
         if conn.state is State.LINGERING:
             self._drain(conn, now)
         elif conn.state is State.ARRIVING:
-            self._on_arriving(conn, now)
+            self._look(conn, now)
 
     def _on_quiet(self, conn: Connection, now: float) -> None:
         """A Unix client is silent, perhaps for want of room until what it sent is taken."""

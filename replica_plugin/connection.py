@@ -7,6 +7,7 @@ import fcntl
 import socket
 import struct
 import termios
+from contextlib import suppress
 from enum import Enum, auto
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from .chunks import Chunks
     from .deadlines import Deadlines
     from .head import Head
+
+
+SPARE = 1 << 17  # bytes of room for two of the largest segments
+SEGMENT = 1 << 10  # bytes of a window that is as good as closed
+WINDOW = struct.Struct("=232xI")  # tcpi_rcv_wnd in struct tcp_info
 
 
 class State(Enum):
@@ -82,9 +88,30 @@ class Connection:
         return count[0]
 
     def wake_at(self, size: int) -> None:
-        """Have the kernel wake us when so many bytes lie there, not before (TCP only); 0: any."""
-        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(max(1, size), 1 << 30))
+        """Have the kernel wake us when so many bytes lie there (TCP only); 0: any.
+
+        It wakes us earlier when its buffer is 7/8 full, or has no room for another segment;
+        so it is first asked for more room than needed, which it does not take back.
+        """
+        for mark in (size + size // 2 + SPARE, size) if size else (1,):
+            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(mark, 1 << 30))
         self.mark = size
+
+    def invite(self) -> None:
+        """Have the kernel tell the client at once how much room there is (TCP only).
+
+        It does so when bytes are read, or looked at; else only with its next, late ACK.
+        """
+        with suppress(OSError):
+            self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+    def is_stuck(self) -> bool:
+        """Whether the client can send no more, since the kernel's buffer is full (TCP only).
+
+        Ask when nothing has come for a moment. Before Linux 6.2 nobody can tell: True.
+        """
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        return len(info) < WINDOW.size or WINDOW.unpack_from(info)[0] < SEGMENT
 
     def next_request(self, ahead: bytes, carry: bytes) -> None:
         """The connection is between two requests."""

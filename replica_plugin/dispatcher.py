@@ -64,7 +64,7 @@ class Dispatcher:
         self._requests: dict[int, Connection] = {}
         self._next = itertools.count(time.monotonic_ns() // 1000)  # never a number used before
         self._processes = Processes(self._epoll, frame.control, self)
-        listeners = [Listener(socket.socket(fileno=os.dup(s.fileno()))) for s in frame.listeners]
+        listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stop: Stop | None = None
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)

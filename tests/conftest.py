@@ -96,3 +96,9 @@ def module_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
     starter = Starter(tmp_path_factory.mktemp("servers"))
     yield starter
     starter.close()
+
+
+@pytest.fixture(params=[0, 1], ids=["tcp", "unix"])
+def which(request: pytest.FixtureRequest) -> int:
+    """Which of a server's binds, if it has both."""
+    return int(request.param)

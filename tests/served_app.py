@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import socket
@@ -128,6 +129,14 @@ def stream(environ, start_response, count):
     return (bytes([n % 256]) * 65536 for n in range(int(count)))
 
 
+def begun(environ, start_response, name):
+    """A response whose first bytes are out when it is held on the stage."""
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "8")])
+    yield b"some"
+    hold(environ, lambda *_: None, name)
+    yield b"more"
+
+
 def close(environ, start_response, name):
     """A response whose body's close() is held on the stage."""
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "4")])
@@ -163,6 +172,10 @@ def leave(environ, start_response, rest):
     raise SystemExit("an app that calls sys.exit")
 
 
+def cancelled(environ, start_response, rest):
+    raise asyncio.CancelledError
+
+
 def die(environ, start_response, rest):
     os._exit(int(rest or 1))
 
@@ -173,7 +186,9 @@ def empty(environ, start_response, rest):
 
 
 HANDLERS = {
+    "begun": begun,
     "burn": burn,
+    "cancelled": cancelled,
     "close": close,
     "die": die,
     "echo": echo,
@@ -192,3 +207,6 @@ HANDLERS = {
     "sleep": sleep,
     "stream": stream,
 }
+
+if "HOLD_IMPORT" in os.environ:
+    hold({}, lambda *_: None, "import")

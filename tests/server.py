@@ -6,8 +6,10 @@ import http.client
 import json
 import os
 import re
+import select
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
@@ -27,6 +29,8 @@ TESTS = Path(__file__).parent
 GUNICORN = (sys.executable, "-m", "gunicorn")
 OURS = ("-c", "python:replica_plugin.conf")
 STOCK = ("-k", "gthread")
+BOTH = ("127.0.0.1:0", "unix:sock")
+"""Binds of a server that is reached over TCP (0) and over a Unix socket (1)."""
 
 
 def wait_for(condition: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
@@ -151,6 +155,20 @@ class Server:
                 return False
 
         wait_for(ready, "ready")
+
+    def wait_closed(self, which: int = 0) -> None:
+        """Until it listens no more: nobody holds the socket."""
+
+        def refused() -> bool:
+            try:
+                self.connect(which).close()
+            except (ConnectionRefusedError, FileNotFoundError):
+                return True
+            except ConnectionResetError:
+                return False
+            return False
+
+        wait_for(refused, "closed")
 
     # Whom it consists of.
 
@@ -327,6 +345,13 @@ class Client:
         self.sock = socket.socket(family)
         self.sock.settimeout(PATIENCE)
         self.sock.connect(address)
+        self._reader: Any = None
+
+    def makefile(self, mode: str) -> Any:
+        """What HTTPResponse reads from: one buffer for all replies, which may come together."""
+        if self._reader is None:
+            self._reader = _Reader(self.sock.makefile("rb"))
+        return self._reader
 
     def __enter__(self) -> Client:
         return self
@@ -350,7 +375,7 @@ class Client:
 
     def reply(self, method: str = "GET") -> Reply:
         """Read one reply. Raises http.client's exceptions, ConnectionError or TimeoutError."""
-        response = http.client.HTTPResponse(self.sock, method=method)
+        response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
         response.begin()
         body = response.read()
         return Reply(response.status, body, dict(response.headers))
@@ -365,8 +390,83 @@ class Client:
         except ConnectionResetError:
             return True
 
+    def is_readable(self) -> bool:
+        """Whether something lies there now: bytes, or the end."""
+        return bool(select.select([self.sock], [], [], 0)[0])
+
+    def reset(self) -> None:
+        """Leave without a good-bye."""
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close()
+
     def close(self) -> None:
+        if self._reader is not None:
+            self._reader.end()
         self.sock.close()
+
+
+class _Reader:
+    """A file that outlives the responses that read from it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.read, self.read1, self.readinto, self.readline, self.peek, self.flush = (
+            file.read, file.read1, file.readinto, file.readline, file.peek, file.flush,
+        )  # fmt: skip
+
+    def close(self) -> None:
+        pass
+
+    def end(self) -> None:
+        self._file.close()
+
+
+class Load:
+    """Clients that ask all the time, each in a thread of its own; half of them keep alive."""
+
+    def __init__(self, server: Server, path: str = "/hello", clients: int = 8) -> None:
+        self.answered = 0
+        self.failures: list[str] = []
+        self._server, self._path = server, path
+        self._ended = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=(n % 2 == 0, n % len(server.addresses)))
+            for n in range(clients)
+        ]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        for thread in self._threads:
+            thread.join(PATIENCE)
+
+    def go_on(self, count: int) -> None:
+        """Until so many more requests have been answered."""
+        wanted = self.answered + count
+        wait_for(lambda: self.answered >= wanted or self.failures, f"{count} more answers")
+
+    def _run(self, keeps: bool, which: int) -> None:
+        client = None
+        while not self._ended.is_set():
+            try:
+                client = client or self._server.connect(which)
+                reply = client.get(self._path, Connection="keep-alive" if keeps else "close")
+            except Exception as error:
+                self.failures.append(repr(error))
+                client = None
+                continue
+            if reply.status != 200:
+                self.failures.append(repr(reply))
+            self.answered += 1
+            if not keeps:
+                client.close()
+                client = None
+        if client is not None:
+            client.close()
 
 
 class Pending:
