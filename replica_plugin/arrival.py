@@ -1,21 +1,20 @@
 """How much of a request has come: seen with MSG_PEEK and FIONREAD, without taking a byte.
 
 A request is ready when it is complete, or when more of it need not or cannot be awaited:
-`request_buffer` bytes of the body are there; the client expects 100 Continue; the kernel
-woke us below the mark we set, being short of memory; a Unix client has been silent for a
-moment, since its own buffer may be full (of 70 small writes, if it asks before it writes).
-A part of a head is then taken, not sent to a slot. The last two are judged by the caller.
+`request_buffer` bytes of the body are there; the client expects 100 Continue; the client has
+been silent for a moment and seems to be stuck on a buffer that is full, its own (Unix) or
+ours (TCP). The last is judged by the caller. A part of a head is then taken, not sent to a
+slot.
 
-A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed.
-For a chunked body it is then moved along, from the end of one chunk to that of the next. The
-first makes the receive buffer large: else a body above some 100 KB would never arrive while
-nobody reads. The mark is kernel memory, so all marks together are bounded; and it travels
-with the connection, so it is taken back before a slot gets that.
+A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed. For
+a chunked body the mark is moved along, from the end of one chunk to that of the next. Room
+in the kernel is made first: else a body above some 100 KB would never arrive while nobody
+reads. That is kernel memory, so what is awaited is bounded, for all together; and the mark
+travels with the connection, so it is taken back before a slot gets that.
 """
 
 from __future__ import annotations
 
-import re
 import socket
 from contextlib import suppress
 from enum import Enum, auto
@@ -30,7 +29,6 @@ PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
 ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
 FREE_MARK = 1 << 16  # and so many of each, which any connection's buffer holds
-_LAST_CHUNK = re.compile(rb"\r\n0+[ \t]*(?:;[^\r\n]*)?\r\n(?:[^\r\n]+\r\n)*\r\n")
 _PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
 
 
@@ -72,35 +70,31 @@ class Arrivals:
         """Count what has come, without looking at it."""
         conn.arrived = len(conn.ahead) + conn.unread()
 
-    def expect_body(self, conn: Connection, head: Head) -> bool:
-        """Have the kernel wake us when enough is there; False if too much is awaited already."""
+    def expect_body(self, conn: Connection, head: Head) -> None:
+        """Have the kernel wake us when enough is there, or a part if much is awaited already.
+
+        A part, not at once: clients that announce much and send nothing would get the slots.
+        """
         if conn.local:
-            return True
+            return
         size = self._enough(head) - len(conn.ahead)
-        if self._marks + size > ALL_MARKS:
-            return head.chunked
-        self._marks += size
+        if self._marks + _cost(size) > ALL_MARKS:
+            size = min(size, FREE_MARK)
+        self._marks += _cost(size)
         conn.awaited = size
+        conn.make_room(size)
         conn.wake_at(size)
         self.follow_chunks(conn)
-        return True
 
     def follow_chunks(self, conn: Connection) -> None:
-        """Lower the mark of a chunked body, or move it on, to where something new can be seen.
-
-        The room in the kernel that the first and highest mark made remains.
-        """
+        """Move the mark of a chunked body on, to where something new can be seen."""
         if conn.chunks is not None and conn.awaited:
             needed = conn.chunks.needed - len(conn.ahead)
             conn.wake_at(max(1, min(conn.awaited, needed)))
 
-    def is_short(self, conn: Connection) -> bool:
-        """Whether less has come than the mark that the kernel should have waited for."""
-        return 0 < conn.arrived - len(conn.ahead) < conn.mark
-
     def forget_body(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""
-        self._marks -= conn.awaited
+        self._marks -= _cost(conn.awaited)
         conn.awaited = 0
         if conn.mark:
             conn.wake_at(0)
@@ -175,3 +169,8 @@ class Arrivals:
         if head.chunked:
             return head.size + min(self.serving.request_buffer, CHUNKED_LOOK)
         return head.size + min(head.length, self.serving.request_buffer)
+
+
+def _cost(size: int) -> int:
+    """What a body that is awaited takes of ALL_MARKS."""
+    return max(0, size - FREE_MARK)

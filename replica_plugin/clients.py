@@ -40,10 +40,9 @@ _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
-LOCAL_QUIET = 0.1  # seconds of silence after which a Unix client may be stuck on a full buffer
+QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
 LINGER = 2.0  # seconds a client that has been answered may take to stop sending
 LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
-FULL = 1 << 16  # bytes of a chunked body that may be all the kernel has room for
 DRAINS = 64  # reads of what a lingering client sends, before others have their turn
 
 
@@ -138,18 +137,17 @@ class Clients:
         """See how much of a request has come, and act on it.
 
         `woken` says that the kernel reported the socket readable. If it does so below the
-        mark we set, its buffer may be about to be full: see what comes in the next moment.
+        mark we set, its buffer may be full: see whether more comes in the next moment.
         """
         sight = self._arrivals.look(conn)
         if sight is Sight.LEFT:
             self.close(conn)
-        elif sight is Sight.READY or (woken and self._arrivals.is_short(conn) and not conn.hung_up):
+        elif sight is Sight.READY:
             self._on_ready(conn, now)
         elif sight is Sight.TOO_LARGE:
             self.answer(conn, head_too_large(self._serving.limits.head), now)
         else:
-            if marked:
-                conn.invite()
+            if woken and conn.mark:
                 self._quiet.start(conn, now)
             self._expect_more(conn, now)
 
@@ -162,9 +160,7 @@ class Clients:
         if conn.head is not None and conn.timer is not self._bodies:
             conn.progress_at = now
             self._time(conn, self._bodies, now)
-            if not self._arrivals.expect_body(conn, conn.head):
-                self._on_ready(conn, now)
-                return
+            self._arrivals.expect_body(conn, conn.head)
         elif conn.head is not None:
             self._arrivals.follow_chunks(conn)
         elif conn.arrived and conn.timer is self._idle:
@@ -337,8 +333,6 @@ class Clients:
 
     def next_deadline(self) -> float:
         """When `tick` is needed next."""
-        if self._soon:
-            return 0.0
         last_call = self._last_call_at if not self._called else None
         return min(
             0.0 if self._answered else math.inf,
@@ -384,8 +378,12 @@ class Clients:
             self._look(conn, now)
 
     def _on_quiet(self, conn: Connection, now: float) -> None:
-        """A Unix client is silent, perhaps for want of room until what it sent is taken."""
+        """A client is silent, perhaps because nobody takes what it has sent."""
         if conn.state is not State.ARRIVING or not conn.arrived:
+            return
+        if not conn.local:
+            if conn.is_stuck():
+                self._on_ready(conn, now)
             return
         before = len(conn.ahead)
         if conn.head is not None or not self._arrivals.take_ahead(conn):
@@ -405,9 +403,6 @@ class Clients:
         self._arrivals.measure(conn)
         if conn.arrived > before:
             conn.progress_at = now
-        elif conn.head and conn.head.chunked and conn.arrived >= FULL:
-            self._on_ready(conn, now)
-            return
         if now - conn.progress_at >= self._serving.receive_timeout:
             self.answer(conn, body_too_late(self._serving.receive_timeout), now)
         else:

@@ -87,23 +87,25 @@ class Connection:
         fcntl.ioctl(self.fd, termios.FIONREAD, count)
         return count[0]
 
-    def wake_at(self, size: int) -> None:
-        """Have the kernel wake us when so many bytes lie there (TCP only); 0: any.
+    def make_room(self, size: int) -> None:
+        """Have the kernel hold so many bytes while nobody reads, and tell the client (TCP only).
 
-        It wakes us earlier when its buffer is 7/8 full, or has no room for another segment;
-        so it is first asked for more room than needed, which it does not take back.
+        It makes room as a mark is raised, and keeps it. It calls a buffer full that is 7/8
+        full, or has no room for another segment: so it is asked for more than is needed. The
+        client learns of it when bytes are looked at; else only with the next, late ACK.
         """
-        for mark in (size + size // 2 + SPARE, size) if size else (1,):
-            self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, min(mark, 1 << 30))
-        self.mark = size
-
-    def invite(self) -> None:
-        """Have the kernel tell the client at once how much room there is (TCP only).
-
-        It does so when bytes are read, or looked at; else only with its next, late ACK.
-        """
+        self._raise_mark(size + size // 2 + SPARE)
         with suppress(OSError):
             self.sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+
+    def wake_at(self, size: int) -> None:
+        """Have the kernel wake us when so many bytes lie there, not before (TCP only); 0: any."""
+        self._raise_mark(size)
+        self.mark = size
+
+    def _raise_mark(self, size: int) -> None:
+        mark = min(max(1, size), 1 << 30)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVLOWAT, mark)
 
     def is_stuck(self) -> bool:
         """Whether the client can send no more, since the kernel's buffer is full (TCP only).

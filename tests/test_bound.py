@@ -11,7 +11,10 @@ import pytest
 from server import BOTH, Client, Server, wait_for
 from stage import Actor, Stage
 
-FULL = "The replica is full: 10 requests are in flight, as many as max_replica_concurrency (10) admits."
+FULL = (
+    "The replica is full: 10 requests are in flight, "
+    "as many as max_replica_concurrency (10) admits."
+)
 
 
 def config(bound: int = 10, **more: object) -> dict[str, object]:
@@ -30,7 +33,9 @@ def stage(replica, module_start) -> Iterator[Stage]:
     replica.wait_numbers(running=0, waiting=0)
 
 
-def fill(server: Server, stage: Stage, which: int, count: int = 10) -> tuple[list[Client], list[Actor]]:
+def fill(
+    server: Server, stage: Stage, which: int, count: int = 10
+) -> tuple[list[Client], list[Actor]]:
     """Clients of so many requests, of which the first four run."""
     clients = [server.connect(which).ask("/hold/first") for _ in range(count)]
     server.wait_numbers(running=4, waiting=count - 4)
@@ -59,9 +64,7 @@ def fifty_at_once(server: Server, stage: Stage, which: int) -> Counter[int]:
     return statuses
 
 
-def test_fifty_clients_at_a_bound_of_ten_are_ten_answered_and_forty_refused(
-    replica, stage, which
-):
+def test_fifty_clients_at_a_bound_of_ten_are_ten_answered_and_forty_refused(replica, stage, which):
     for _ in range(3):
         assert fifty_at_once(replica, stage, which) == {503: 40}
 
@@ -116,9 +119,7 @@ def test_a_refused_get_that_asks_for_the_end_of_its_connection_gets_it(
     client.close()
 
 
-def test_a_refused_post_is_told_though_much_of_its_body_is_still_on_the_way(
-    replica, stage, which
-):
+def test_a_refused_post_is_told_though_much_of_its_body_is_still_on_the_way(replica, stage, which):
     clients, actors = fill(replica, stage, which)
     with replica.connect(which) as client:
         reply = client.ask("/echo", method="POST", body=b"x" * 3_000_000).reply()

@@ -422,7 +422,8 @@ for name in ("fcntl", "termios", "resource", "pwd", "grp", "mmap"):
     sys.modules[name] = None
 import select, os, socket
 for module, word in ((select, "EPOLL"), (os, "PIDFD"), (os, "MEMFD"), (os, "EVENTFD"),
-                     (os, "EFD_"), (socket, "SCM_"), (socket, "CMSG"), (socket, "AF_UNIX"), (socket, "SEQPACKET")):
+                     (os, "EFD_"), (socket, "SCM_"), (socket, "CMSG"), (socket, "AF_UNIX"),
+                     (socket, "SEQPACKET")):
     for name in [n for n in dir(module) if word in n.upper()]:
         delattr(module, name)
 del os.fork

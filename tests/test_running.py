@@ -45,9 +45,7 @@ def close(clients: list[Client]) -> None:
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
-def test_a_pair_that_keeps_the_gil_runs_in_different_processes_in_every_round(
-    replica, which, kept
-):
+def test_a_pair_that_keeps_the_gil_runs_in_different_processes_in_every_round(replica, which, kept):
     assert burn_in_pairs(replica, which, kept) == [True] * ROUNDS
 
 

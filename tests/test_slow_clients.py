@@ -189,9 +189,7 @@ def test_a_head_that_is_late_is_told_so(hurried, which):
     with hurried.connect(which) as client:
         reply = client.send("GET /hello HT").reply()
         assert reply.status == 408
-        assert reply.body == (
-            b"The request's head did not arrive within header_timeout (0.3 s).\n"
-        )
+        assert reply.body == (b"The request's head did not arrive within header_timeout (0.3 s).\n")
         assert client.is_closed()
 
 
@@ -297,9 +295,7 @@ def test_a_client_that_reads_a_stream_slowly_gets_it_whole(hurried, which):
 
 
 @pytest.mark.parametrize("name", ["stream", "file"])
-def test_clients_that_never_read_their_pipelined_answers_do_not_keep_the_slot(
-    hurried, which, name
-):
+def test_clients_that_never_read_their_pipelined_answers_do_not_keep_the_slot(hurried, which, name):
     with hurried.connect(which) as client:
         client.send(f"GET /{name}/100000 HTTP/1.1\r\nHost: test\r\n\r\n" * 100)
         hurried.wait_numbers(running=1)
