@@ -1,0 +1,230 @@
+"""P6: processes that are killed, the dispatcher, the supervisor and the master too."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+
+import pytest
+from server import BOTH, Client, Load, Server, wait_for
+from stage import Stage
+
+TWO = {"processes_per_replica": 2, "threads_per_process": 2}
+ONE = {"processes_per_replica": 1, "threads_per_process": 1}
+KILL, STOP = signal.SIGKILL, signal.SIGSTOP
+
+
+@pytest.fixture
+def stage(start) -> Stage:
+    return start.stage
+
+
+def hold(server: Server, which: int, count: int, name: str = "x") -> list[Client]:
+    return [server.connect(which).ask(f"/hold/{name}") for _ in range(count)]
+
+
+def holds_all_slots(server: Server, stage: Stage, which: int, count: int = 4) -> None:
+    """Nothing has been lost: so many begin at once, and one more waits."""
+    server.wait_numbers(running=0, waiting=0, slots=count)
+    clients = hold(server, which, count + 1)
+    actors = stage.take(count)
+    server.wait_numbers(running=count, waiting=1)
+    assert stage.is_empty()
+    for actor in actors:
+        actor.finish()
+    stage.next().finish()
+    assert [client.reply().status for client in clients] == [200] * (count + 1)
+    server.wait_numbers(running=0, waiting=0)
+
+
+def test_a_killed_process_costs_what_it_was_running_and_nothing_else(start, stage, which):
+    server = start(config=TWO, bind=BOTH)
+    with server.connect(which) as idle, server.connect(which) as half:
+        assert idle.get("/hello").status == 200
+        half.send("GET /hel")
+        running = hold(server, which, 4)
+        actors = stage.take(4)
+        waiting = hold(server, which, 6, "waiting")
+        server.wait_numbers(running=4, waiting=6, connections=12)
+        victim = actors[0].pid
+        server.tell(KILL, victim)
+        lost = [actor for actor in actors if actor.pid == victim]
+        assert [actor.vanished() for actor in lost] == [True] * 2
+        wait_for(lambda: sum(client.is_readable() for client in running) == 2, "two answers")
+        told = [client for client in running if client.is_readable()]
+        assert [client.reply().status for client in told] == [502] * 2
+        actors = [actor for actor in actors if actor.pid != victim]
+        for _ in range(6):
+            actors.append(stage.next())
+            actors.pop(0).finish()
+        for actor in actors:
+            actor.finish()
+        alive = [client for client in running if client not in told]
+        assert {client.reply().status for client in alive + waiting} == {200}
+        assert half.send("lo HTTP/1.1\r\nHost: test\r\n\r\n").reply().status == 200
+        assert idle.get("/hello").status in (200,)
+        holds_all_slots(server, stage, which)
+
+
+def test_a_response_that_had_begun_when_its_process_was_killed_is_cut_short(start, stage, which):
+    server = start(config=ONE, bind=BOTH)
+    with server.connect(which) as client:
+        client.ask("/begun/x")
+        server.tell(KILL, stage.next().pid)
+        with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
+            client.reply()
+    holds_all_slots(server, stage, which, 1)
+
+
+def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_next(
+    start, stage, which
+):
+    server = start(config=ONE, bind=BOTH)
+    (worker,) = server.workers
+    server.tell(STOP, worker)
+    clients = hold(server, which, 1, "sent") + hold(server, which, 1, "waiting")
+    server.wait_numbers(running=1, waiting=1)
+    server.tell(KILL, worker)
+    for name in ("sent", "waiting"):
+        actor = stage.next()
+        assert (actor.name, actor.pid == worker) == (name, False)
+        actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 2
+
+
+def test_a_request_that_goes_back_to_the_queue_is_not_run_if_its_client_left(
+    start, stage, which
+):
+    server = start(config=ONE, bind=BOTH)
+    (worker,) = server.workers
+    server.tell(STOP, worker)
+    (leaving,) = hold(server, which, 1, "left")
+    server.wait_numbers(running=1)
+    (staying,) = hold(server, which, 1, "stayed")
+    server.wait_numbers(waiting=1)
+    leaving.close()
+    server.tell(KILL, worker)
+    actor = stage.next()
+    assert actor.name == "stayed"
+    actor.finish()
+    assert staying.reply().status == 200
+
+
+def test_a_process_that_ends_itself_is_told_with_502_and_replaced(start, stage, which):
+    server = start(config=TWO, bind=BOTH)
+    for _ in range(4):
+        assert server.get("/die/0", which).status == 502
+    holds_all_slots(server, stage, which)
+
+
+def test_processes_killed_one_after_another_leave_nothing_adrift(start, stage):
+    server = start(config=TWO, bind=BOTH)
+    with Load(server, "/sleep/0.005") as load:
+        for _ in range(8):
+            load.go_on(50)
+            load.failures.clear()
+            server.tell(KILL, server.workers[0])
+        load.go_on(50)
+        load.failures.clear()
+        server.wait_numbers(processes=2)
+    holds_all_slots(server, stage, 0)
+
+
+def test_a_killed_dispatcher_costs_nothing_that_runs_and_the_cap_holds(start, stage, which):
+    """Again and again: what runs is answered on its connection, which then lives on."""
+    server = start("--keep-alive", "20", config=TWO, bind=BOTH)
+    clients = [server.connect(which) for _ in range(4)]
+    for _ in range(20):
+        for client in clients:
+            client.ask("/hold/old")
+        actors = stage.take(4)
+        kill_dispatcher(server)
+        later = hold(server, which, 2, "new")
+        server.wait_numbers(running=4, waiting=2)
+        assert stage.is_empty()
+        actors.pop().finish()
+        actors.append(stage.next())
+        assert actors[-1].name == "new"
+        server.wait_numbers(running=4, waiting=1)
+        for actor in actors:
+            actor.finish()
+        stage.next().finish()
+        assert [client.reply().status for client in clients + later] == [200] * 6
+        for client in later:
+            client.close()
+    holds_all_slots(server, stage, which)
+
+
+def kill_dispatcher(server: Server) -> None:
+    old = server.dispatcher
+    server.tell(KILL, old)
+    wait_for(lambda: server.children(server.supervisor) not in ([], [old]), "the next dispatcher")
+
+
+def test_dispatcher_and_process_killed_together_leave_nothing_adrift(start, stage, which):
+    server = start(config=TWO, bind=BOTH)
+    for _ in range(5):
+        clients = hold(server, which, 4)
+        actors = stage.take(4)
+        victim = actors[0].pid
+        server.tell(KILL, server.dispatcher)
+        server.tell(KILL, victim)
+        for actor in actors:
+            if actor.pid != victim:
+                actor.finish()
+        holds_all_slots(server, stage, which)
+        for client in clients:
+            client.close()
+
+
+def test_a_dispatcher_killed_at_any_moment_leaves_nothing_adrift(start, stage):
+    server = start(config=TWO, bind=BOTH)
+    with Load(server) as load:
+        for _ in range(20):
+            load.go_on(100)
+            load.failures.clear()
+            kill_dispatcher(server)
+        load.go_on(100)
+    holds_all_slots(server, stage, 0)
+
+
+@pytest.mark.slow
+def test_a_dispatcher_that_hangs_is_replaced(start, stage, which):
+    server = start("--keep-alive", "20", config=TWO, bind=BOTH)
+    clients = hold(server, which, 4)
+    actors = stage.take(4)
+    old = server.dispatcher
+    server.tell(STOP, old)
+    server.wait_log(rf"The dispatcher \(pid {old}\) hangs: killing it")
+    for actor in actors:
+        actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 4
+    assert [client.get("/hello").status for client in clients] == [200] * 4
+    holds_all_slots(server, stage, which)
+
+
+def test_without_its_supervisor_a_replica_serves_and_stops(start, stage, which):
+    server = start(config=TWO, bind=BOTH)
+    dispatcher = server.dispatcher
+    server.tell(KILL, server.supervisor)
+    wait_for(lambda: len(server.children()) == 2, "the supervisor's end")
+    clients = hold(server, which, 4)
+    for actor in stage.take(4):
+        actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 4
+    assert server.stop() == 0
+    wait_for(lambda: not os.path.exists(f"/proc/{dispatcher}"), "the dispatcher's end")
+
+
+def test_without_their_master_processes_and_helpers_finish_and_end(start, stage, which):
+    server = start(config=TWO, bind=BOTH)
+    family = [*server.workers, server.supervisor, server.dispatcher]
+    clients = hold(server, which, 4)
+    actors = stage.take(4)
+    server.tell(KILL)
+    for actor in actors:
+        actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 4
+    for pid in family:
+        wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end")

@@ -1,0 +1,180 @@
+"""P7: the replica stops, one of its processes does, or it takes new settings."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+
+import pytest
+from server import BOTH, Load, Server, wait_for
+from stage import Stage
+
+TWO = {"processes_per_replica": 2, "threads_per_process": 2}
+
+
+@pytest.fixture
+def stage(start) -> Stage:
+    return start.stage
+
+
+def holds(server: Server, stage: Stage, count: int) -> bool:
+    """So many requests, and no more, run at once."""
+    clients = [server.connect().ask("/hold/x") for _ in range(count + 1)]
+    actors = stage.take(count)
+    server.wait_numbers(running=count, waiting=1)
+    empty = stage.is_empty()
+    for actor in actors:
+        actor.finish()
+    stage.next().finish()
+    return empty and {client.reply().status for client in clients} == {200}
+
+
+def test_term_answers_what_runs_what_waits_and_what_has_begun_to_come(start, stage, which):
+    server = start(config=TWO, bind=BOTH)
+    clients = [server.connect(which).ask("/hold/x") for _ in range(10)]
+    half = server.connect(which).send("GET /hello HTTP/1.1\r\nHo")
+    actors = stage.take(4)
+    server.wait_numbers(running=4, waiting=6, connections=11)
+    server.tell(signal.SIGTERM)
+    server.wait_closed()
+    for _ in range(6):
+        actors.append(stage.next()) if actors.pop(0).finish() is None else None
+    half.send("st: test\r\n\r\n")
+    for actor in actors:
+        actor.finish()
+    assert [client.reply().status for client in [*clients, half]] == [200] * 11
+    assert server.stop() == 0
+    assert not os.path.exists(server.addresses[1])
+
+
+def test_term_ends_idle_and_silent_connections(start, which):
+    server = start("--keep-alive", "60", config=TWO, bind=BOTH)
+    with server.connect(which) as idle, server.connect(which) as silent:
+        assert idle.get("/hello").status == 200
+        server.wait_numbers(connections=2)
+        assert server.stop() == 0
+        assert idle.is_closed() and silent.is_closed()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_int_and_quit_end_at_once_whatever_runs(start, stage, which, number):
+    server = start("--graceful-timeout", "600", config=TWO, bind=BOTH)
+    clients = [server.connect(which).ask("/hold/x") for _ in range(6)]
+    actors = stage.take(4)
+    server.wait_numbers(running=4, waiting=2)
+    assert server.stop(number) == 0
+    assert [actor.vanished() for actor in actors] == [True] * 4
+    for client in clients:
+        with pytest.raises((http.client.RemoteDisconnected, ConnectionResetError)):
+            client.reply()
+
+
+def test_quit_hurries_a_stop_that_waits(start, stage):
+    server = start("--graceful-timeout", "600", config=TWO)
+    client = server.connect().ask("/hold/x")
+    actor = stage.next()
+    server.tell(signal.SIGTERM)
+    server.wait_closed()
+    assert not client.is_readable()
+    assert server.stop(signal.SIGQUIT) == 0
+    assert actor.vanished()
+
+
+def test_what_still_waits_when_graceful_timeout_ends_is_told_so(start, stage, which):
+    server = start("--graceful-timeout", "2", config=TWO, bind=BOTH)
+    clients = [server.connect(which).ask("/hold/x") for _ in range(6)]
+    actors = stage.take(4)
+    server.wait_numbers(running=4, waiting=2)
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: sum(client.is_readable() for client in clients) >= 2, "two answers")
+    told = [client.reply() for client in clients if client.is_readable()]
+    assert {reply.status for reply in told} == {503}
+    assert told[0].body.startswith(b"The server is shutting down")
+    assert server.process.wait(20) == 0
+    assert [actor.vanished() for actor in actors] == [True] * 4
+
+
+def test_term_to_one_process_recycles_it_and_no_request_fails(start):
+    server = start(config=TWO, bind=BOTH)
+    with Load(server) as load:
+        for _ in range(3):
+            load.go_on(100)
+            worker = server.workers[0]
+            server.tell(signal.SIGTERM, worker)
+            wait_for(lambda worker=worker: worker not in server.workers, "its end")
+            server.wait_numbers(processes=2)
+        load.go_on(100)
+    assert load.failures == []
+
+
+def test_hup_takes_other_numbers_and_no_request_fails(start, stage):
+    server = start(config=TWO, bind=BOTH)
+    with Load(server) as load:
+        for p, t, bound in ((3, 1, 50), (1, 4, 60), (2, 3, 70)):
+            load.go_on(100)
+            old = set(server.workers)
+            numbers = {"processes_per_replica": p, "threads_per_process": t}
+            server.write_config({**numbers, "max_replica_concurrency": bound})
+            server.tell(signal.SIGHUP)
+            server.wait_log(rf"Replica: {p} processes x {t} threads .*concurrency {bound}\)")
+            wait_for(lambda old=old: not old & set(server.workers), "the old ones' end")
+            server.wait_numbers(processes=p, slots=p * t)
+            load.go_on(100)
+    assert load.failures == []
+    server.wait_numbers(running=0, waiting=0)
+    assert holds(server, stage, 6)
+
+
+
+def test_hup_with_a_broken_file_is_logged_and_survived(start, stage):
+    server = start(config=TWO, bind=BOTH)
+    with Load(server) as load:
+        load.go_on(50)
+        (server.folder / "replica.yaml").write_text("processes_per_replica: many\n")
+        server.tell(signal.SIGHUP)
+        server.wait_log("The settings from before go on to hold")
+        load.go_on(50)
+        server.wait_numbers(processes=2, slots=4)
+    assert "processes_per_replica" in server.log
+    assert load.failures == []
+    server.wait_numbers(running=0, waiting=0)
+    assert holds(server, stage, 4)
+
+
+def test_many_hups_in_a_row_fail_no_request(start, stage):
+    server = start(config=TWO, bind=BOTH)
+    with Load(server, clients=4) as load:
+        for n in range(6):
+            server.tell(signal.SIGHUP)
+            server.wait_log("Handling signal: hup", count=n + 1)
+        load.go_on(50)
+        wait_for(lambda: len(server.workers) == 2, "two processes")
+        server.wait_numbers(processes=2, slots=4)
+    assert load.failures == []
+    server.wait_numbers(running=0, waiting=0)
+    assert holds(server, stage, 4)
+
+
+def test_max_requests_recycles_processes_and_no_request_fails(start, stage):
+    server = start("--max-requests", "50", config=TWO, bind=BOTH)
+    first = set(server.workers)
+    with Load(server) as load:
+        load.go_on(400)
+        wait_for(lambda: not first & set(server.workers), "all first processes' end")
+    assert load.failures == []
+    server.wait_numbers(running=0, waiting=0, processes=2)
+    assert holds(server, stage, 4)
+
+
+def test_ttin_and_ttou_change_the_number_of_processes(start, stage):
+    server = start(config=TWO)
+    with Load(server) as load:
+        for number, processes in ((signal.SIGTTIN, 3), (signal.SIGTTOU, 2), (signal.SIGTTOU, 1)):
+            load.go_on(50)
+            server.tell(number)
+            wait_for(lambda n=processes: len(server.workers) == n, f"{processes} processes")
+            server.wait_numbers(processes=processes, slots=2 * processes)
+    assert load.failures == []
+    server.wait_numbers(running=0, waiting=0)
+    assert holds(server, stage, 2)
