@@ -145,9 +145,7 @@ class Clients:
         sight = self._arrivals.look(conn)
         if sight is Sight.LEFT:
             self.close(conn)
-        elif sight is Sight.READY or (
-            woken and self._arrivals.is_short(conn) and not conn.hung_up
-        ):
+        elif sight is Sight.READY or (woken and self._arrivals.is_short(conn) and not conn.hung_up):
             self._on_ready(conn, now)
         elif sight is Sight.TOO_LARGE:
             self.answer(conn, head_too_large(self._serving.limits.head), now)
@@ -373,7 +371,7 @@ class Clients:
             self._on_arriving(conn, now)
 
     def _on_quiet(self, conn: Connection, now: float) -> None:
-        """A Unix client is silent, perhaps because what it sent must be taken before it can go on."""
+        """A Unix client is silent, perhaps until what it sent is taken and it has room again."""
         if conn.state is not State.ARRIVING or not conn.arrived:
             return
         before = len(conn.ahead)

@@ -32,9 +32,9 @@ class Connection:
     """A socket, and what is known of the request that is on it or on its way."""
 
     __slots__ = (
-        "ahead", "arrived", "awaited", "carry", "chunks", "client", "fd", "head", "hung_up", "local",
-        "looked_at", "mark", "number", "progress_at", "ready_at", "registered", "request", "server", "sock",
-        "state", "timer", "touched",
+        "ahead", "arrived", "awaited", "carry", "chunks", "client", "fd", "head", "hung_up",
+        "local", "looked_at", "mark", "number", "progress_at", "ready_at", "registered", "request",
+        "server", "sock", "state", "timer", "touched",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, client: Address, server: Address, local: bool) -> None:

@@ -99,7 +99,9 @@ class Journal:
 
     def _access(self, conn: Connection, answer: Answer, seconds: float) -> None:
         cfg = self._logger.cfg
-        if not (cfg.accesslog or cfg.statsd_host or getattr(self._logger, "access_log_enabled", True)):
+        if not (
+            cfg.accesslog or cfg.statsd_host or getattr(self._logger, "access_log_enabled", True)
+        ):
             return
         head = conn.head.text if conn.head else b""
         method, target, version, headers = _lines(head)

@@ -14,7 +14,15 @@ SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 ADDRESSES = bytes([192, 0, 2, 1, 192, 0, 2, 2]) + struct.pack(">HH", 1111, 2222)
 V2 = SIGNATURE + b"\x21\x11" + struct.pack(">H", 12) + ADDRESSES
 V2_TLV = SIGNATURE + b"\x21\x11" + struct.pack(">H", 19) + ADDRESSES + b"\x04\0\x04\r\n\r\n"
-V2_6 = SIGNATURE + b"\x21\x21" + struct.pack(">H", 36) + b"\0" * 15 + b"\1" + b"\0" * 15 + b"\2\4\x57\x08\xae"
+V2_6 = (
+    SIGNATURE
+    + b"\x21\x21"
+    + struct.pack(">H", 36)
+    + b"\0" * 15
+    + b"\1"
+    + b"\0" * 15
+    + b"\2\4\x57\x08\xae"
+)
 V2_LOCAL = SIGNATURE + b"\x20\0\0\0"
 EVERYTHING = request("/everything")
 
@@ -140,8 +148,8 @@ def test_proxy_line_in_two_parts_has_the_same_outcome_wherever_it_is_cut(
     assert whole.statuses == [200] * len(methods)
     cuts = range(1, len(line) + 30)
     wires = [Wire(address).send(sent[:cut]) for cut in cuts]
-    for cut, wire in zip(cuts, wires):
+    for cut, wire in zip(cuts, wires, strict=True):
         wire.send(sent[cut:])
-    for cut, wire in zip(cuts, wires):
+    for cut, wire in zip(cuts, wires, strict=True):
         with wire:
             assert wire.outcome(*methods) == whole, (sent[:cut], sent[cut:])
