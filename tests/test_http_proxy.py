@@ -148,8 +148,8 @@ def test_proxy_line_in_two_parts_has_the_same_outcome_wherever_it_is_cut(
     assert whole.statuses == [200] * len(methods)
     cuts = range(1, len(line) + 30)
     wires = [Wire(address).send(sent[:cut]) for cut in cuts]
-    for cut, wire in zip(cuts, wires):
+    for cut, wire in zip(cuts, wires, strict=True):
         wire.send(sent[cut:])
-    for cut, wire in zip(cuts, wires):
+    for cut, wire in zip(cuts, wires, strict=True):
         with wire:
             assert wire.outcome(*methods) == whole, (sent[:cut], sent[cut:])

@@ -74,9 +74,8 @@ class Wire:
         """The next reply. EOFError if the connection ends before it begins, or within it."""
         head = self._until(b"\r\n\r\n")
         line, *headers = head[:-4].split(b"\r\n")
-        named = {
-            name.lower(): value.strip() for name, _, value in (h.partition(b":") for h in headers)
-        }
+        pairs = (header.partition(b":") for header in headers)
+        named = {name.lower(): value.strip() for name, _, value in pairs}
         kept = tuple(sorted(h for h in headers if not h.lower().startswith(b"date:")))
         return Seen(line, kept, self._body(_status(line), method, named))
 
