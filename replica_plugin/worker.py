@@ -82,6 +82,13 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         slots = [Slot(self, index, self._cells) for index in range(self.cfg.threads)]
         self._own_pidfd = os.pidfd_open(os.getpid())
         self._working = len(slots)
+        self._serve(slots)
+        # The dispatcher may dismiss us before the master's signal comes, which would then kill
+        # an interpreter that is ending, and has given its handlers up.
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _serve(self, slots: list[Slot]) -> None:
         if len(slots) == 1:
             threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
             self._run_slot(slots[0])
@@ -147,7 +154,7 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.alive = False
 
     def handle_usr1(self, sig: int, frame: Any) -> None:
-        """USR1: the attendant reopens the logs. An idle slot would come to it only when it has work."""
+        """USR1: the attendant reopens the logs; an idle slot would, but only when it has work."""
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """QUIT, INT: leave now."""
