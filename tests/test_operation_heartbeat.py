@@ -7,7 +7,6 @@ import time
 from server import wait_for
 from test_hook_start import APP
 
-
 PAUSE = 0.05  # between two requests that others make meanwhile
 
 

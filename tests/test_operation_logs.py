@@ -37,7 +37,7 @@ def test_a_refusal_is_in_the_access_log_in_the_same_format_as_other_requests(sta
     wait_for(lambda: len(lines(access, '"GET /h')) == 2, "two lines")
     (refused,) = lines(access, REFUSAL)
     assert re.fullmatch(
-        r'127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] '
+        r"127\.0\.0\.1 - - \[\d\d/\w{3}/\d{4}:\d\d:\d\d:\d\d [+-]\d{4}\] "
         rf'{re.escape(REFUSAL)} \d+ "http://here" "test"',
         refused,
     )
@@ -139,9 +139,7 @@ def test_a_logconfig_holds_for_the_dispatcher(start, stage, kind):
     text += LOGGING.format(handler="logging.FileHandler") if kind == "dict" else "logconfig = 'ini'"
     files = {"gunicorn.conf.py": text, "ini": INI}
     # Stock gunicorn says where it listens in its log, too.
-    server = start(
-        base=(), files=files, config=FULL, bind=("unix:here",), listening_in="custom"
-    )
+    server = start(base=(), files=files, config=FULL, bind=("unix:here",), listening_in="custom")
     refuse(server, stage)
     custom = server.folder / "custom"
     wait_for(lambda: lines(custom, REFUSAL), "the refusal")

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import gunicorn
 import pytest
-import replica_plugin
 from server import GUNICORN, OURS, TESTS, Client, environment, wait_for
-from test_hook_start import APP, COMMAND, IMPORT
+from test_hook_start import APP, COMMAND
+
+import replica_plugin
 
 TRAP = """
 import os, sys
@@ -104,9 +105,7 @@ def test_with_chdir_the_settings_are_those_of_the_folder_it_was_started_in(start
     elsewhere.mkdir()
     (elsewhere / "app.py").write_text(APP)
     (elsewhere / "replica.yaml").write_text("processes_per_replica: 5\n")
-    server = start(
-        "--chdir", str(elsewhere), app="app:app", config={"processes_per_replica": 2}
-    )
+    server = start("--chdir", str(elsewhere), app="app:app", config={"processes_per_replica": 2})
     server.wait_numbers(processes=2)
     assert server.get("/").body == b"here"
 

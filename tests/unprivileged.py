@@ -86,5 +86,3 @@ def install() -> Iterator[Install]:
         yield Install(command, env, user.pw_uid, user.pw_gid, group, folder)
     finally:
         shutil.rmtree(home)
-
-
