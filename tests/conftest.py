@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from server import Ended, Server, all_pids, environ_of, run_to_its_end, wait_for
 from stage import Stage
+from unprivileged import install as install  # a fixture for everyone
 
 Start = Callable[..., Server]
 

@@ -93,9 +93,7 @@ def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_nex
     assert [client.reply().status for client in clients] == [200] * 2
 
 
-def test_a_request_that_goes_back_to_the_queue_is_not_run_if_its_client_left(
-    start, stage, which
-):
+def test_a_request_that_goes_back_to_the_queue_is_not_run_if_its_client_left(start, stage, which):
     server = start(config=ONE, bind=BOTH)
     (worker,) = server.workers
     server.tell(STOP, worker)

@@ -126,7 +126,6 @@ def test_hup_takes_other_numbers_and_no_request_fails(start, stage):
     assert holds(server, stage, 6)
 
 
-
 def test_hup_with_a_broken_file_is_logged_and_survived(start, stage):
     server = start(config=TWO, bind=BOTH)
     with Load(server) as load:
