@@ -1,4 +1,4 @@
-"""The HTTP answers the dispatcher gives without a slot. They are written here and nowhere else."""
+"""The HTTP answers that no app gives. They are written here and nowhere else."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 from email.utils import formatdate
 from http import HTTPStatus
+from typing import Any
 
 from gunicorn import SERVER
 
@@ -25,28 +26,43 @@ class Answer:
 
     def encode(self, head: bytes, keep_alive: bool, bodiless: bool) -> bytes:
         """The bytes for the client whose request had this head: JSON if it accepts JSON."""
-        phrase = HTTPStatus(self.status).phrase
-        kind, content = self.content(head)
+        fields, content = self.content(head)
         lines = [
-            f"HTTP/1.1 {self.status} {phrase}",
+            f"HTTP/1.1 {self._status_line}",
             f"Server: {SERVER}",
             f"Date: {formatdate(usegmt=True)}",
             f"Connection: {'keep-alive' if keep_alive else 'close'}",
-            f"Content-Type: {kind}",
-            f"Content-Length: {len(content)}",
-            "Cache-Control: no-store",
+            *(f"{name}: {value}" for name, value in fields),
         ]
-        if self.retry_after is not None:
-            lines.append(f"Retry-After: {self.retry_after}")
         text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
         return text if bodiless else text + content
 
-    def content(self, head: bytes) -> tuple[str, bytes]:
-        """Content-Type and body for the client whose request had this head."""
-        if not _JSON.search(head):
-            return "text/plain; charset=utf-8", f"{self.text}\n".encode()
-        state = {"error": HTTPStatus(self.status).phrase, "detail": self.text}
-        return "application/json", f"{json.dumps(state)}\n".encode()
+    def as_wsgi(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
+        """The same answer, from within a WSGI app."""
+        head = f"\r\nAccept: {environ.get('HTTP_ACCEPT', '')}\r\n".encode("latin-1")
+        fields, content = self.content(head)
+        start_response(self._status_line, fields)
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else content]
+
+    def content(self, head: bytes) -> tuple[list[tuple[str, str]], bytes]:
+        """Header fields and body for the client whose request had this head."""
+        if _JSON.search(head):
+            state = {"error": HTTPStatus(self.status).phrase, "detail": self.text}
+            kind, body = "application/json", f"{json.dumps(state)}\n".encode()
+        else:
+            kind, body = "text/plain; charset=utf-8", f"{self.text}\n".encode()
+        fields = [
+            ("Content-Type", kind),
+            ("Content-Length", str(len(body))),
+            ("Cache-Control", "no-store"),
+        ]
+        if self.retry_after is not None:
+            fields.append(("Retry-After", str(self.retry_after)))
+        return fields, body
+
+    @property
+    def _status_line(self) -> str:
+        return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
 def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> Answer:

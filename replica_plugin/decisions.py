@@ -158,10 +158,7 @@ class Decisions:
 
     def retry_after(self, now: float) -> int:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
-        rate = self._rate.per_second(now)
-        if rate <= 0:
-            return 60
-        return max(1, min(60, math.ceil((len(self.waiting) + 1) / rate)))
+        return self._rate.seconds_for(len(self.waiting) + 1, now)
 
     # Events from clients.
 

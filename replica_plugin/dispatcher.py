@@ -133,6 +133,7 @@ class Dispatcher:
             sum(link.slots for link in self._processes.links.values()),
             len(decisions.waiting),
             decisions.running,
+            decisions.rules.bound,
             len(self._clients.connections),
         )
 

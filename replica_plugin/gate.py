@@ -12,12 +12,14 @@ a slot. It then finds itself no longer in the queue, and has the slot: it goes i
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
 
 from .decisions import Why
+from .rate import Rate
 
 
-class TurnedAway(Exception):
+class TurnedAwayError(Exception):
     """The caller does not get in; `why` is FULL or WAITED."""
 
     def __init__(self, why: Why) -> None:
@@ -35,6 +37,7 @@ class Gate:
         self.running = 0
         self._lock = threading.Lock()
         self._queue: OrderedDict[threading.Event, None] = OrderedDict()
+        self._rate = Rate()
 
     def __repr__(self) -> str:
         return f"<Gate {self.running}/{self.slots} running, {self.waiting} waiting>"
@@ -45,12 +48,13 @@ class Gate:
         return len(self._queue)
 
     def enter(self) -> None:
-        """Take a slot, waiting for one if need be. Raises TurnedAway."""
+        """Take a slot, waiting for one if need be. Raises TurnedAwayError."""
         with self._lock:
             if self.running + self.waiting >= self.bound:
-                raise TurnedAway(Why.FULL)
+                raise TurnedAwayError(Why.FULL)
             if self.running < self.slots:
                 self.running += 1
+                self._rate.count(time.monotonic())
                 return
             turn = threading.Event()
             self._queue[turn] = None
@@ -61,15 +65,21 @@ class Gate:
                 self.leave()
             raise
         if not came and self._withdraw(turn):
-            raise TurnedAway(Why.WAITED)
+            raise TurnedAwayError(Why.WAITED)
 
     def leave(self) -> None:
         """Give a slot back: to the first who waits, if there is one."""
         with self._lock:
             if self._queue:
                 self._queue.popitem(last=False)[0].set()
+                self._rate.count(time.monotonic())
             else:
                 self.running -= 1
+
+    def retry_after(self) -> int:
+        """Seconds until a queue as long as this one has drained, as far as one can tell."""
+        with self._lock:
+            return self._rate.seconds_for(self.waiting + 1, time.monotonic())
 
     def _withdraw(self, turn: threading.Event) -> bool:
         """Leave the queue without a slot; False if it is too late for that."""

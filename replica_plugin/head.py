@@ -56,12 +56,12 @@ class Head(NamedTuple):
 
     @property
     def keeps_alive(self) -> bool:
-        """Whether the client expects to use the connection again; gunicorn's own rule."""
+        """Whether the client expects to use the connection again (RFC 9112, section 9.3)."""
         field = _CONNECTION.search(self.text)
-        value = field[1].lower() if field else b""
-        if value in (b"close", b"keep-alive"):
-            return value == b"keep-alive"
-        return b" HTTP/1.0\r\n" not in self.text
+        options = {each.strip(b" \t") for each in field[1].lower().split(b",")} if field else set()
+        if b"close" in options:
+            return False
+        return b"keep-alive" in options or b" HTTP/1.0\r\n" not in self.text
 
 
 class Limits(NamedTuple):

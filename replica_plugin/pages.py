@@ -23,7 +23,7 @@ _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follow
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
-_NUMBERS = struct.Struct("=dQQQQQQ")
+_NUMBERS = struct.Struct("@dQQQQQQQ")  # native: each number is one aligned word
 
 
 def create(name: str, size: int) -> int:
@@ -81,6 +81,7 @@ class Numbers(NamedTuple):
     slots: int = 0
     waiting: int = 0
     running: int = 0
+    bound: int = 0
     connections: int = 0
 
 

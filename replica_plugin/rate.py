@@ -29,5 +29,12 @@ class Rate:
         seen = -math.expm1(-max(now - self._since, 1.0) / WINDOW)
         return self._faded(now) / (WINDOW * seen)
 
+    def seconds_for(self, count: int, now: float) -> int:
+        """Whole seconds, 1 to 60, in which so many more will happen at this rate."""
+        rate = self.per_second(now)
+        if rate <= 0:
+            return 60
+        return max(1, min(60, math.ceil(count / rate)))
+
     def _faded(self, now: float) -> float:
         return self._weight * math.exp((self._last - now) / WINDOW)

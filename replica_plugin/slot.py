@@ -39,6 +39,7 @@ from .channel import (
     receive,
 )
 from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .environ import WAITED
 from .pages import Cells
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
@@ -202,6 +203,7 @@ class Exchange:
             began = datetime.now()
             response, environ = wsgi.create(request, sock, self._job.client, self._job.server, cfg)
             environ["wsgi.multithread"] = cfg.threads > 1
+            environ[WAITED] = self._job.waited
             self._worker.count_request()
             if self._job.last or not cfg.keepalive:
                 response.force_close()

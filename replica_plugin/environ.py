@@ -1,0 +1,4 @@
+"""What we add to the WSGI environment of a request."""
+
+WAITED = "replica_plugin.waited"
+"""For how many seconds the request waited for its slot; a float."""
