@@ -77,6 +77,13 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._cells = Cells(self.cfg.threads)
         slots = [Slot(self, index, self._cells) for index in range(self.cfg.threads)]
         self._working = len(slots)
+        self._serve(slots)
+        # The dispatcher may dismiss us before the master's signal comes, which would then kill
+        # an interpreter that is ending, and has given its handlers up.
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+
+    def _serve(self, slots: list[Slot]) -> None:
         if len(slots) == 1:
             threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
             self._run_slot(slots[0])
