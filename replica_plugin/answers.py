@@ -13,7 +13,11 @@ from gunicorn import SERVER
 
 from .decisions import Rules, Why
 
-_JSON = re.compile(rb"\r\naccept:[^\r\n]*\bapplication/(?:[a-z.]+\+)?json\b", re.IGNORECASE)
+_JSON = re.compile(
+    rb"\r\naccept:[^\r\n]*\bapplication/(?:[\w.-]+\+)?json(?![\w.+-])"
+    rb"(?![ \t]*;[ \t]*q=0(?:\.0*)?[ \t]*[,;\r])",  # refused with a weight of 0
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -95,23 +95,19 @@ def read_head(data: bytes | bytearray, limits: Limits, first: bool) -> Head | No
 
 def _after_preamble(data: bytes | bytearray) -> int | None:
     """Where the head begins behind a PROXY preamble; None while that is incomplete."""
-    if data.startswith(PROXY_V2[: len(data)]) and len(data) < 16:
+    if len(data) < len(PROXY_V2):  # the parser waits for so much, whatever comes
         return None
     if data.startswith(PROXY_V2):
         size = 16 + int.from_bytes(data[14:16], "big")
         return size if len(data) >= size else None
-    if b"PROXY ".startswith(bytes(data[:6])) and len(data) < 6:
-        return None
     if data.startswith(b"PROXY "):
         end = data.find(b"\r\n")
-        return end + 2 if end >= 0 else (None if len(data) < 108 else 0)
+        return end + 2 if end >= 0 else None
     return 0
 
 
 def _hopeless(data: bytes | bytearray, start: int, limits: Limits) -> bool:
     """Whether gunicorn's parser would refuse this head now, without waiting for its end."""
-    if limits.proxy and len(data) < len(PROXY_V2):
-        return False
     if data.count(b"\n", start) != data.count(b"\r\n", start):
         return True
     line = start + 2 if data.startswith(b"\r\n", start) else start

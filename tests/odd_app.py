@@ -28,6 +28,7 @@ def sized(size):
 def everything(environ, start_response):
     """The environ: ports as whether they are right, and only the names of what is not plain."""
     environ = environ.copy()
+    environ.pop("replica_plugin.waited", None)  # what only ours has
     sock = environ["gunicorn.socket"]
     if "REMOTE_PORT" in environ and "PROXY_PROTOCOL" not in environ:
         environ["REMOTE_PORT"] = environ["REMOTE_PORT"] == str(sock.getpeername()[1])

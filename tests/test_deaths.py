@@ -71,7 +71,9 @@ def test_a_response_that_had_begun_when_its_process_was_killed_is_cut_short(star
     server = start(config=ONE, bind=BOTH)
     with server.connect(which) as client:
         client.ask("/begun/x")
-        server.tell(KILL, stage.next().pid)
+        actor = stage.next()
+        server.tell(KILL, actor.pid)
+        assert actor.vanished()
         with pytest.raises((http.client.IncompleteRead, ConnectionResetError)):
             client.reply()
     holds_all_slots(server, stage, which, 1)
@@ -82,6 +84,8 @@ def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_nex
 ):
     server = start(config=ONE, bind=BOTH)
     (worker,) = server.workers
+    assert server.get("/hello", which).status == 200
+    server.wait_numbers(running=0)  # its slot has come to wait, and given its credit
     server.tell(STOP, worker)
     clients = hold(server, which, 1, "sent") + hold(server, which, 1, "waiting")
     server.wait_numbers(running=1, waiting=1)
@@ -96,6 +100,8 @@ def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_nex
 def test_a_request_that_goes_back_to_the_queue_is_not_run_if_its_client_left(start, stage, which):
     server = start(config=ONE, bind=BOTH)
     (worker,) = server.workers
+    assert server.get("/hello", which).status == 200
+    server.wait_numbers(running=0)  # its slot has come to wait, and given its credit
     server.tell(STOP, worker)
     (leaving,) = hold(server, which, 1, "left")
     server.wait_numbers(running=1)
@@ -195,6 +201,7 @@ def test_a_dispatcher_that_hangs_is_replaced(start, stage, which):
     old = server.dispatcher
     server.tell(STOP, old)
     server.wait_log(rf"The dispatcher \(pid {old}\) hangs: killing it")
+    wait_for(lambda: server.dispatcher != old, "another dispatcher")
     for actor in actors:
         actor.finish()
     assert [client.reply().status for client in clients] == [200] * 4

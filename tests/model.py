@@ -1,0 +1,224 @@
+"""The promises about queue and processes, as plainly as they can be written: lists, sets, sums.
+
+It is told every event that `Decisions` is told, and what that answered. It decides nothing:
+it judges each action at the moment it is taken, then whether anything was left undone,
+and `agree` compares all that can be seen from outside, and the invariants in decisions.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Why
+
+
+@dataclass
+class Known:
+    """A process, as far as it has told."""
+
+    age: int
+    slots: int
+    owed: int = 0
+    registered: bool = True
+    credits: int = 0
+    sent: set[int] = field(default_factory=set)
+    leaving: bool = False
+    dismissed: bool = False
+    blocked: bool = False
+    last_sent: int = 0
+
+    def running(self) -> int:
+        return len(self.sent) + self.owed
+
+
+class Model:
+    def __init__(self, rules: Rules, was_ready: bool = False) -> None:
+        self.rules = rules
+        self.live: frozenset[int] = frozenset()
+        self.waiting: list[int] = []
+        self.ready_at: dict[int, float] = {}
+        self.processes: dict[int, Known] = {}
+        self.stopping = False
+        self.drained = False
+        self.was_ready = was_ready
+        self.sends = 0
+
+    # Events, each with what was answered.
+
+    def ready(self, request, now, actions):
+        self.ready_at[request] = now
+        if len(self.waiting) + self.running() >= self.rules.bound:
+            assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
+        else:
+            self.waiting.append(request)
+            self._judge(actions)
+
+    def gone(self, request, actions):
+        assert actions is None
+        if request in self.waiting:
+            self.waiting.remove(request)
+
+    def expected(self, age, slots, actions):
+        assert actions is None
+        self.processes[age] = Known(age, slots, owed=slots, registered=False)
+
+    def registered(self, age, slots, owed, actions):
+        self.processes[age] = Known(age, slots, owed=owed)
+        self._judge_who_leaves(actions)
+
+    def freed(self, age, now, actions):
+        process = self.processes[age]
+        process.credits += 1
+        process.owed = max(0, process.owed - 1)
+        self._judge(actions)
+
+    def done(self, age, request, now, actions):
+        process = self.processes[age]
+        process.sent.remove(request)
+        process.credits += 1
+        self._judge(actions)
+
+    def unsent(self, age, request, now, actions):
+        process = self.processes[age]
+        process.sent.remove(request)
+        process.credits += 1
+        process.blocked = True
+        self.waiting = sorted([*self.waiting, request])
+        self._judge(actions)
+
+    def sendable(self, age, now, actions):
+        self.processes[age].blocked = False
+        self._judge(actions)
+
+    def leaving(self, age, actions):
+        self.processes[age].leaving = True
+        self._judge_who_leaves(actions)
+
+    def died(self, age, unread, now, actions):
+        dead = self.processes.pop(age)
+        lost = [each.request for each in actions if isinstance(each, Lost)]
+        assert sorted(lost) == sorted(dead.sent - unread), "P6: lost are those it had begun to read"
+        self.waiting = sorted([*self.waiting, *(dead.sent & unread)])
+        self._judge([each for each in actions if not isinstance(each, Lost)])
+
+    def ruled(self, rules, live, now, actions):
+        self.rules = rules
+        self.live = frozenset(live)
+        self._judge(actions)
+
+    def stop(self, actions):
+        assert actions is None
+        self.stopping = True
+
+    def drain(self, actions):
+        self.drained = True
+        self._judge_who_leaves(actions)
+
+    def tick(self, now, actions):
+        due = [each for each in self.waiting if self._expiry(each) <= now]
+        refused = [Refuse(each, Why.WAITED) for each in due]
+        assert actions[: len(due)] == refused, "P10: refused on time"
+        self.waiting = [each for each in self.waiting if each not in due]
+        self._judge(actions[len(due) :])
+
+    def give_up(self, actions):
+        assert actions == [Refuse(each, Why.STOPPING) for each in self.waiting]
+        self.waiting = []
+
+    # Judgement.
+
+    def _judge(self, actions):
+        self._judge_who_leaves([each for each in actions if not isinstance(each, Send)])
+        for action in actions:
+            if isinstance(action, Send):
+                self._judge_send(action)
+        free = self.running() < self.rules.processes * self.rules.threads
+        assert not (self.waiting and free and self.able()), "P1: a request waits beside a slot"
+
+    def _judge_who_leaves(self, actions):
+        for action in actions:
+            assert isinstance(action, Dismiss), f"nobody asked for {action}"
+            self._judge_dismissal(action)
+        for process in self.present():
+            assert not self.drained, f"P7: {process} was not dismissed in the end"
+            newer = [each for each in self.present() if each.age > process.age]
+            replaced = process.leaving and len(newer) >= self.rules.processes
+            assert self.stopping or not replaced, "P7: one that is replaced leaves"
+        usable = len(self.usable())
+        self.was_ready = self.was_ready or usable >= self.rules.processes > 0
+
+    def _judge_send(self, send):
+        assert send.request in self.waiting, "P9: only what waits is sent"
+        assert send.request == self.waiting[0], "P3: the longest waiting one begins"
+        assert self.running() < self.rules.processes * self.rules.threads, "P2: below the cap"
+        able = self.able()
+        process = self.processes[send.age]
+        assert process in able, "only a usable process with a credit is sent anything"
+        fewest = min(each.running() for each in able)
+        assert process.running() == fewest, "P1: the process that runs fewest takes it"
+        rested = min(each.last_sent for each in able if each.running() == fewest)
+        assert process.last_sent == rested, "of equals, the longest unused takes it"
+        self.waiting.remove(send.request)
+        process.sent.add(send.request)
+        process.credits -= 1
+        assert process.running() + process.credits <= process.slots, "P2: never more than its slots"
+        self.sends += 1
+        process.last_sent = self.sends
+
+    def _judge_dismissal(self, dismiss):
+        process = self.processes[dismiss.age]
+        assert process.registered and not process.dismissed, "dismissed once"
+        assert process.leaving or self.drained, "P7: nobody leaves unasked"
+        if self.stopping:
+            assert self.drained, "P7: in a stop processes stay until nothing is left"
+        elif len(self.present()) <= self.rules.processes:  # one less is one too few
+            assert not self.loading(), "P7: not below p while a successor loads"
+            assert len(self.present()) == self.rules.processes, "P7: one at a time"
+        process.dismissed = True
+
+    # What follows from the state.
+
+    def running(self):
+        return sum(each.running() for each in self.processes.values())
+
+    def present(self):
+        return [each for each in self.processes.values() if each.registered and not each.dismissed]
+
+    def usable(self):
+        newest = sorted(self.present(), key=lambda each: -each.age)
+        return newest[: self.rules.processes]
+
+    def able(self):
+        return [each for each in self.usable() if each.credits and not each.blocked]
+
+    def loading(self):
+        """Processes that the master has, and that have not registered with us."""
+        registered = {each.age for each in self.processes.values() if each.registered}
+        return self.live - registered
+
+    def _expiry(self, request):
+        timeout = self.rules.queue_timeout
+        return math.inf if timeout is None else self.ready_at[request] + timeout
+
+    # Comparison.
+
+    def agree(self, decisions: Decisions) -> None:
+        seen = decisions.processes
+        assert list(decisions.waiting) == self.waiting == sorted(self.waiting)
+        assert seen.keys() == self.processes.keys()
+        for age, process in self.processes.items():
+            assert seen[age].requests.keys() == process.sent
+            assert seen[age].free == process.credits >= 0
+            assert seen[age].running == process.running() <= process.slots
+            assert seen[age].dismissed == process.dismissed
+        assert decisions.running == self.running(), "the count has drifted"
+        sent = [request for each in seen.values() for request in each.requests]
+        assert len(sent) == len(set(sent)) and not decisions.waiting.keys() & set(sent)
+        assert decisions.in_flight == len(self.waiting) + self.running()
+        assert decisions.usable == len(self.usable())
+        assert decisions.booting == bool(self.loading())
+        assert decisions.is_healthy == bool(self.usable() or self.loading())
+        ready = self.was_ready and bool(self.usable()) and not self.stopping
+        assert decisions.is_ready == ready
+        assert decisions.next_expiry() == min(map(self._expiry, self.waiting), default=math.inf)

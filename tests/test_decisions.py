@@ -1,0 +1,345 @@
+"""One situation at a time: what `Decisions` answers. All at once: test_decisions_model.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Why
+
+
+def replica(
+    processes: int = 2, threads: int = 2, bound: int = 100, queue_timeout: float | None = None
+) -> Decisions:
+    """All processes have registered, and all their slots wait."""
+    rules = Rules(processes, threads, bound, queue_timeout)
+    decisions = Decisions(rules)
+    decisions.ruled(rules, range(1, processes + 1), 0.0)
+    for age in range(1, processes + 1):
+        join(decisions, age, threads)
+    return decisions
+
+
+def join(decisions: Decisions, age: int, slots: int) -> list:
+    """A process registers, and its slots come to wait."""
+    dismissed = decisions.registered(age, slots)
+    return dismissed + [action for _ in range(slots) for action in decisions.freed(age, 0.0)]
+
+
+def arrive(decisions: Decisions, *requests: int, now: float = 0.0) -> list:
+    return [action for request in requests for action in decisions.ready(request, now)]
+
+
+# Starting.
+
+
+def test_requests_go_to_the_process_that_runs_fewest_and_the_rest_wait():
+    decisions = replica(2, 2)
+    assert arrive(decisions, 1, 2, 3, 4, 5) == [Send(1, 2), Send(2, 1), Send(3, 2), Send(4, 1)]
+    assert repr(decisions) == "<Replica 4/4 running, 1 waiting>"
+
+
+def test_of_two_idle_processes_the_longest_unused_takes_the_request():
+    decisions = replica(2, 1)
+    assert arrive(decisions, 1) == [Send(1, 2)]
+    assert decisions.done(2, 1, 0.0) == []
+    assert arrive(decisions, 2) == [Send(2, 1)]
+
+
+def test_a_request_that_is_done_makes_room_for_the_one_that_waits_longest():
+    decisions = replica(1, 2)
+    arrive(decisions, 1, 2, 3, 4)
+    assert decisions.done(1, 2, 0.0) == [Send(3, 1)]
+    assert decisions.in_flight == 3
+
+
+def test_a_slot_takes_nothing_before_it_comes_to_wait():
+    decisions = Decisions(Rules(1, 1))
+    decisions.registered(1, 1)
+    assert arrive(decisions, 1) == []
+    assert decisions.freed(1, 0.0) == [Send(1, 1)]
+
+
+def test_what_a_process_says_that_is_not_known_or_not_its_own_changes_nothing():
+    decisions = replica(1, 1)
+    arrive(decisions, 1)
+    assert decisions.freed(9, 0.0) == decisions.leaving(9) == decisions.sendable(9, 0.0) == []
+    assert decisions.done(9, 1, 0.0) == decisions.done(1, 2, 0.0) == []
+    assert decisions.died(9, [1], 0.0) == []
+    assert repr(decisions) == "<Replica 1/1 running, 0 waiting>"
+
+
+def test_with_the_cap_lowered_nothing_starts_until_fewer_run():
+    decisions = replica(2, 2)
+    arrive(decisions, 1, 2, 3, 4, 5)
+    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0) == []
+    assert decisions.done(2, 1, 0.0) == decisions.done(1, 2, 0.0) == []
+    assert decisions.done(2, 3, 0.0) == [Send(5, 2)]
+
+
+def test_with_the_cap_raised_waiting_requests_start():
+    decisions = replica(2, 2)
+    decisions.ruled(Rules(2, 1), [1, 2], 0.0)
+    arrive(decisions, 1, 2, 3, 4)
+    assert decisions.ruled(Rules(2, 2), [1, 2], 0.0) == [Send(3, 2), Send(4, 1)]
+
+
+# Not starting: the bound, the wait limit, clients that leave.
+
+
+def test_at_the_bound_a_request_is_refused_and_below_it_admitted_again():
+    decisions = replica(1, 1, bound=2)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Refuse(3, Why.FULL)]
+    decisions.gone(2)
+    assert arrive(decisions, 4) == []
+
+
+def test_lowering_the_bound_evicts_nobody():
+    decisions = replica(1, 1)
+    arrive(decisions, 1, 2, 3)
+    assert decisions.ruled(Rules(1, 1, bound=1), [1], 0.0) == []
+    assert decisions.in_flight == 3
+    assert arrive(decisions, 4) == [Refuse(4, Why.FULL)]
+
+
+def test_requests_are_refused_exactly_when_queue_timeout_is_over():
+    decisions = replica(1, 1, queue_timeout=0.5)
+    arrive(decisions, 1)
+    arrive(decisions, 2, 3, now=10.0)
+    arrive(decisions, 4, now=10.25)
+    assert decisions.next_expiry() == 10.5
+    assert decisions.tick(10.4999) == []
+    assert decisions.tick(10.5) == [Refuse(2, Why.WAITED), Refuse(3, Why.WAITED)]
+    assert decisions.next_expiry() == 10.75
+
+
+def test_without_queue_timeout_or_with_nothing_waiting_nothing_expires():
+    decisions = replica(1, 1)
+    arrive(decisions, 1, 2)
+    assert decisions.next_expiry() == math.inf
+    assert replica(1, 1, queue_timeout=0.5).next_expiry() == math.inf
+    assert decisions.tick(1e9) == []
+
+
+def test_a_request_whose_client_left_while_it_waited_is_not_sent():
+    decisions = replica(1, 1)
+    arrive(decisions, 1, 2, 3)
+    decisions.gone(2)
+    assert decisions.done(1, 1, 0.0) == [Send(3, 1)]
+
+
+# Deaths.
+
+
+def test_when_a_process_dies_what_it_had_not_read_goes_to_the_head_in_order():
+    decisions = replica(1, 3)
+    decisions.ruled(Rules(2, 3), [1, 2], 0.0)
+    arrive(decisions, 1, 2, 3, 4)
+    assert decisions.died(1, {3, 1}, 0.0) == [Lost(2)]
+    assert list(decisions.waiting) == [1, 3, 4]
+    assert join(decisions, 2, 3) == [Send(1, 2), Send(3, 2), Send(4, 2)]
+
+
+def test_a_request_that_came_back_from_a_dead_process_keeps_its_wait_limit():
+    decisions = replica(1, 1, queue_timeout=5.0)
+    arrive(decisions, 1, now=1.0)
+    decisions.died(1, {1}, 2.0)
+    assert decisions.next_expiry() == 6.0
+
+
+def test_what_a_dead_process_had_not_read_starts_elsewhere_at_once():
+    decisions = replica(2, 1)
+    arrive(decisions, 1)
+    assert decisions.died(2, {1}, 0.0) == [Send(1, 1)]
+
+
+def test_a_message_that_does_not_fit_goes_elsewhere_until_there_is_room():
+    decisions = replica(2, 2)
+    assert arrive(decisions, 1) == [Send(1, 2)]
+    assert decisions.unsent(2, 1, 0.0) == [Send(1, 1)]
+    assert arrive(decisions, 2, 3) == [Send(2, 1)]
+    assert decisions.sendable(2, 0.0) == [Send(3, 2)]
+
+
+def test_after_a_restart_all_slots_count_as_busy_until_they_report():
+    decisions = Decisions(Rules(2, 2))
+    decisions.expected(1, 2)
+    decisions.expected(2, 2)
+    decisions.ruled(Rules(2, 2), [1, 2], 0.0)
+    assert repr(decisions) == "<Replica 4/4 running, 0 waiting>"
+    assert arrive(decisions, 1, 2, 3) == []
+    assert decisions.registered(1, 2, owed=2) == []
+    assert decisions.freed(1, 0.0) == [Send(1, 1)]
+    assert decisions.died(2, (), 0.0) == []
+    assert decisions.running == 2
+    assert decisions.freed(1, 0.0) == [Send(2, 1)]
+
+
+# Leaving.
+
+
+def test_a_process_that_leaves_stays_until_its_successor_is_ready():
+    decisions = replica(2, 1)
+    decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    assert arrive(decisions, 1, 2) == [Send(1, 2), Send(2, 1)]
+    assert decisions.registered(3, 1) == [Dismiss(1)]
+    assert decisions.usable == 2
+    assert decisions.registered(4, 1) == [Dismiss(2)]
+
+
+def test_of_processes_without_successors_one_leaves_at_a_time():
+    decisions = replica(3, 1)
+    assert decisions.leaving(1) == [Dismiss(1)]
+    assert decisions.leaving(2) == []
+    decisions.died(1, (), 0.0)
+    decisions.ruled(Rules(3, 1), [2, 3, 4], 0.0)
+    assert decisions.registered(4, 1) == [Dismiss(2)]
+
+
+def test_no_process_leaves_below_p_while_another_successor_still_loads():
+    decisions = replica(3, 1)
+    decisions.ruled(Rules(3, 1), [1, 2, 3, 4, 5, 6], 0.0)
+    assert [decisions.leaving(age) for age in (1, 2, 3)] == [[], [], []]
+    assert decisions.registered(4, 1) == [Dismiss(1)]
+    decisions.died(1, (), 0.0)
+    assert decisions.ruled(Rules(3, 1), [2, 3, 4, 6], 0.0) == []  # 5 died while it loaded
+    assert decisions.registered(6, 1) == [Dismiss(2), Dismiss(3)]  # none will come for 5
+
+
+def test_a_process_that_has_not_come_back_after_a_restart_counts_as_a_successor_on_its_way():
+    decisions = Decisions(Rules(1, 1))
+    decisions.expected(1, 1)
+    decisions.expected(2, 1)
+    decisions.ruled(Rules(1, 1), [1, 2], 0.0)
+    decisions.registered(1, 1, owed=1)
+    assert decisions.leaving(1) == []
+    assert decisions.registered(2, 1, owed=1) == [Dismiss(1)]
+
+
+def test_a_dismissed_process_finishes_what_it_runs_and_gets_nothing_more():
+    decisions = replica(2, 1)
+    arrive(decisions, 1, 2, 3)
+    assert decisions.leaving(2) == [Dismiss(2)]
+    assert decisions.done(2, 1, 0.0) == []
+    assert decisions.done(1, 2, 0.0) == [Send(3, 1)]
+
+
+def test_the_newest_are_used_when_there_are_more_than_p():
+    decisions = replica(2, 1)
+    join(decisions, 3, 1)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 3), Send(2, 2)]
+
+
+def test_when_a_process_leaves_its_place_to_another_a_waiting_request_starts_there_in_this_turn():
+    decisions = replica(2, 1)
+    join(decisions, 3, 1)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 3), Send(2, 2)]
+    assert decisions.done(2, 2, 0.0) == [Send(3, 2)]
+    arrive(decisions, 4)
+    decisions.ruled(Rules(2, 2), [1, 2, 3], 0.0)
+    assert decisions.leaving(2) == [Dismiss(2)]
+    assert decisions.tick(0.0) == [Send(4, 1)]
+
+
+# Stopping.
+
+
+def test_in_a_stop_processes_stay_until_nothing_is_left_and_then_all_leave():
+    decisions = replica(2, 1)
+    arrive(decisions, 1, 2, 3)
+    decisions.stop()
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    assert arrive(decisions, 4) == []
+    assert decisions.done(2, 1, 0.0) == [Send(3, 2)]
+    assert decisions.done(1, 2, 0.0) == [Send(4, 1)]
+    decisions.done(2, 3, 0.0)
+    decisions.done(1, 4, 0.0)
+    assert decisions.drain() == [Dismiss(1), Dismiss(2)]
+    assert decisions.registered(3, 1) == [Dismiss(3)]
+
+
+def test_at_the_end_of_a_stop_what_waits_is_refused():
+    decisions = replica(1, 1)
+    arrive(decisions, 1, 2, 3)
+    decisions.stop()
+    assert decisions.give_up() == [Refuse(2, Why.STOPPING), Refuse(3, Why.STOPPING)]
+    assert decisions.give_up() == []
+    assert repr(decisions) == "<Replica 1/1 running, 0 waiting>"
+
+
+# What probes and answers say.
+
+
+def test_ready_means_all_processes_once_and_then_any_until_a_stop_begins():
+    decisions = Decisions(Rules(2, 1))
+    decisions.registered(1, 1)
+    assert not decisions.is_ready
+    decisions.registered(2, 1)
+    assert decisions.is_ready
+    decisions.died(1, (), 0.0)
+    assert decisions.is_ready
+    decisions.died(2, (), 0.0)
+    assert not decisions.is_ready
+    decisions.registered(3, 1)
+    assert decisions.is_ready
+    decisions.stop()
+    assert not decisions.is_ready
+
+
+def test_no_processes_wanted_is_not_all_processes_ready():
+    decisions = Decisions(Rules(0, 1))
+    decisions.ruled(Rules(0, 1), [], 0.0)
+    decisions.ruled(Rules(2, 1), [1, 2], 0.0)
+    decisions.registered(1, 1)
+    assert not decisions.is_ready
+
+
+def test_healthy_means_that_a_process_is_usable_or_on_its_way():
+    decisions = Decisions(Rules(1, 1))
+    assert not decisions.is_healthy
+    decisions.ruled(Rules(1, 1), [1], 0.0)
+    assert decisions.is_healthy and decisions.booting
+    decisions.registered(1, 1)
+    assert decisions.is_healthy and not decisions.booting
+    decisions.died(1, (), 0.0)
+    decisions.ruled(Rules(1, 1), [], 0.0)
+    assert not decisions.is_healthy
+
+
+def test_a_process_that_has_not_come_back_after_a_restart_is_on_its_way():
+    decisions = Decisions(Rules(1, 1))
+    decisions.expected(1, 1)
+    decisions.ruled(Rules(1, 1), [1], 0.0)
+    assert decisions.is_healthy and not decisions.is_ready
+
+
+@pytest.mark.parametrize(
+    ("waiting", "each_second", "seconds", "estimate"),
+    [
+        (0, 10, 100, 1),  # room at once; never less than a second
+        (19, 10, 100, 2),  # twenty at ten a second
+        (20, 10, 100, 3),  # rounded up
+        (99, 1, 100, 60),  # never more than a minute
+        (19, 10, 2, 2),  # a short history is not taken for a slow one
+    ],
+)
+def test_retry_after_is_how_long_a_queue_takes_at_the_rate_of_late(
+    waiting, each_second, seconds, estimate
+):
+    decisions = replica(1, 1, bound=10_000)
+    decisions.ready(0, 0.0)
+    for turn in range(1, each_second * seconds + 1):
+        now = turn / each_second
+        decisions.ready(turn, now)
+        decisions.done(1, turn - 1, now)
+    arrive(decisions, *range(20_000, 20_000 + waiting), now=float(seconds))
+    assert decisions.retry_after(float(seconds)) == estimate
+
+
+def test_retry_after_is_a_minute_when_nothing_has_started_or_not_for_long():
+    decisions = replica(1, 1)
+    assert decisions.retry_after(0.0) == 60
+    arrive(decisions, 1, 2)
+    assert decisions.retry_after(1000.0) == 60

@@ -1,0 +1,171 @@
+"""Memory that processes share: what a reader sees, at every moment of a write."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+import pytest
+
+from replica_plugin.pages import Cells, MasterPage, Numbers, ReplicaPage
+
+HEADER = 8  # bytes of length and checksum, which are written last
+
+
+Page = TypeVar("Page", MasterPage, ReplicaPage, Cells)
+
+
+@pytest.fixture
+def new() -> Iterator[Callable[[Page], Page]]:
+    """Pages whose descriptors are closed in the end."""
+    descriptors = []
+
+    def remember(page: Page) -> Page:
+        descriptors.append(page.fd)
+        return page
+
+    yield remember
+    for fd in descriptors:
+        os.close(fd)
+
+
+# What the master wants.
+
+
+def test_a_page_that_was_never_written_says_nothing(new):
+    assert new(MasterPage()).read() is None
+
+
+def test_a_page_says_what_was_written_last_to_whoever_has_its_descriptor(new):
+    page = new(MasterPage())
+    page.write({"a": [1, 2.5, None, "ü"]})
+    page.write({"b": {}})
+    assert MasterPage(page.fd).read() == page.read() == {"b": {}}
+
+
+@pytest.mark.parametrize("sizes", [(10, 10), (10, 30), (30, 10)])
+def test_a_page_in_the_middle_of_a_write_says_nothing_or_the_old_or_the_new(new, sizes):
+    old, young = ({"value": letter * size} for letter, size in zip("ab", sizes, strict=True))
+    page = new(MasterPage())
+    page.write(old)
+    before = os.pread(page.fd, 100, 0)
+    page.write(young)
+    after = os.pread(page.fd, 100, 0)
+    seen = []
+    for done in [*range(HEADER, 100), *range(HEADER)]:  # the text first, then the header
+        text = done if done >= HEADER else 100
+        header = done if done < HEADER else 0
+        os.pwrite(page.fd, after[:header] + before[header:HEADER], 0)
+        os.pwrite(page.fd, after[HEADER:text] + before[text:], HEADER)
+        seen.append(page.read())
+    assert [value for value in seen if value not in (None, old)] == []
+    assert seen[0] == old and None in seen
+    os.pwrite(page.fd, after, 0)
+    assert page.read() == young
+
+
+WRITER = """
+import sys
+from replica_plugin.pages import MasterPage
+page = MasterPage(int(sys.argv[1]))
+turn = 0
+while True:
+    turn += 1
+    page.write({"turn": turn, "filler": [turn] * (turn % 1000)})
+"""
+
+
+def test_whatever_is_read_while_another_process_writes_was_written_as_a_whole(new):
+    page = new(MasterPage())
+    writer = subprocess.Popen([sys.executable, "-c", WRITER, str(page.fd)], pass_fds=[page.fd])
+    last, reads = 0, 0
+    while last < 5000:
+        assert writer.poll() is None
+        state = page.read()
+        if state is not None:
+            assert state["filler"] == [state["turn"]] * (state["turn"] % 1000)
+            assert state["turn"] >= last
+            last, reads = state["turn"], reads + 1
+    writer.send_signal(signal.SIGKILL)
+    writer.wait()
+    assert reads > 1
+
+
+def test_a_value_that_is_too_big_is_refused_and_the_old_one_stays(new):
+    page = new(MasterPage())
+    page.write({"a": 1})
+    with pytest.raises(ValueError) as caught:
+        page.write({"a": "x" * (1 << 20)})
+    assert str(caught.value) == "1048585 bytes do not fit a page of 1048576"
+    assert page.read() == {"a": 1}
+    room = (1 << 20) - HEADER - len('{"a": ""}')
+    page.write({"a": "x" * room})
+    assert page.read() == {"a": "x" * room}
+    with pytest.raises(ValueError):
+        page.write({"a": "x" * (room + 1)})
+
+
+# The replica in numbers.
+
+
+def test_the_numbers_are_those_written_last_and_zero_before(new):
+    page = new(ReplicaPage())
+    assert page.read() == Numbers() == (0.0, 0, 0, 0, 0, 0, 0, 0)
+    numbers = Numbers(1.5, 1, 2, 3, 4, 5, 6, 2**64 - 1)
+    page.write(numbers)
+    assert ReplicaPage(page.fd).read() == numbers
+
+
+def test_the_table_is_beside_the_numbers(new):
+    page = new(ReplicaPage())
+    assert page.read_table() == []
+    rows = [(age, 64, 4194304 + age) for age in range(1000)]
+    page.write_table(rows)
+    page.write(Numbers(1.5, *[2**64 - 1] * 7))
+    assert ReplicaPage(page.fd).read_table() == rows
+    page.write_table([])
+    assert page.read_table() == []
+    assert page.read().beat == 1.5
+
+
+# Cells.
+
+
+def test_a_cell_says_which_request_its_slot_has_and_whether_the_response_may_have_begun(new):
+    cells = new(Cells(3))
+    other = Cells(3, cells.fd)
+    assert other.begun() == {}
+    cells.begin(0, 7)
+    cells.begin(2, 2**62)
+    assert other.begun() == {7: False, 2**62: False}
+    cells.answering(2)
+    assert other.begun() == {7: False, 2**62: True}
+    cells.end(0)
+    assert other.begun() == {2**62: True}
+    cells.end(2)
+    cells.begin(2, 8)
+    assert other.begun() == {8: False}
+    cells.close()
+    other.close()
+
+
+def test_the_cells_of_a_process_that_was_killed_stay(new):
+    cells = new(Cells(1))
+    code = (
+        "import os, sys; from replica_plugin.pages import Cells; "
+        "Cells(1, int(sys.argv[1])).begin(0, 9); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(cells.fd)], pass_fds=[cells.fd])
+    assert cells.begun() == {9: False}
+    cells.close()
+
+
+def test_cells_smaller_than_said_are_refused(new):
+    cells = new(Cells(1))
+    with pytest.raises(ValueError, match="mmap length is greater than file size"):
+        Cells(1000, cells.fd)
+    cells.close()

@@ -1,0 +1,362 @@
+"""A world for `Decisions`: a fake gunicorn master, and processes that follow the protocol.
+
+What is faithful here: the order in which gunicorn writes its page, forks, tells processes to
+leave and reaps them; that a dispatcher hears of deaths and of the page late; that a slot gives
+one credit when it comes to wait, and reports what it was sent at most once; that jobs lie
+in a channel before a process reads them; that a message may not fit; and what is left when a
+dispatcher dies. Nothing here happens by itself: a test says what happens next.
+
+Each event goes to the decisions and to the model, which judges the answer. The world knows
+the truth beside them: what really runs (P2), and how each request ended (P6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from model import Model
+
+from replica_plugin.decisions import Action, Decisions, Lost, Refuse, Rules, Send
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process. Its slots are `starting`, `idle` (they gave a credit), reading or `old`."""
+
+    age: int
+    slots: int
+    starting: int
+    alive: bool = True
+    life: int = 0  # the dispatcher that knows it
+    welcomed: bool = False  # and that it knows
+    again: bool = False  # it had a dispatcher before
+    told: bool = False  # to leave
+    said: bool = False  # that it wants to leave, on this channel
+    dismissed: bool = False
+    idle: int = 0
+    old: int = 0  # busy with a request of a dispatcher that died
+    mailbox: list[int] = field(default_factory=list)
+    reading: list[int] = field(default_factory=list)
+    full: bool = False  # its channel takes no message now
+    missed: bool = False  # something could not be delivered
+    leave_due: bool = False
+    haunted: bool = False  # a child that the app forked keeps the channel open
+    heard: bool = False  # the dispatcher knows that it is dead
+
+    @property
+    def booting(self) -> bool:
+        return self.alive and not self.life
+
+    def running(self) -> int:
+        return (len(self.mailbox) + len(self.reading) + self.old) if self.alive else 0
+
+
+class World:
+    def __init__(self, rules: Rules) -> None:
+        self.now = 100.0
+        self.events = 0
+        self.rules = rules
+        self.workers: dict[int, Worker] = {}  # the master's, from the fork until they are reaped
+        self.unburied: list[Worker] = []  # dead, and somebody has not noticed
+        self.stopped = False
+        self.life = 1
+        self.requests: dict[int, str] = {}
+        self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
+        self._ages = 0
+        self._numbers = 0
+        self._reloading = 0  # the newest age of before, while a reload waits for those to go
+        self.reads_at_once = True
+        self.write()
+        self._be_born(was_ready=False)
+        self.manage()
+
+    # The master.
+
+    def write(self, *forking: int) -> None:
+        """Write the page, and nudge; the dispatcher may look at once, or later."""
+        self.page = (self.rules, frozenset({*self.workers, *forking}), self.stopped)
+        if self.reads_at_once and hasattr(self, "decisions"):
+            self.read()
+
+    def _fork(self) -> None:
+        self._ages += 1
+        threads = self.rules.threads
+        self.write(self._ages)
+        self.workers[self._ages] = Worker(self._ages, threads, starting=threads)
+
+    def manage(self) -> None:
+        """gunicorn's manage_workers, which does not run while a reload waits."""
+        if self.stopped or min(self.workers, default=math.inf) <= self._reloading:
+            return
+        self._reloading = 0
+        while len(self.workers) < self.rules.processes:
+            self._fork()
+        for age in sorted(self.workers)[: len(self.workers) - self.rules.processes]:
+            self.terminate(self.workers[age])
+
+    def reload(self, rules: Rules) -> None:
+        newest, self._reloading = self._ages, 0
+        self.rules = rules
+        self.write()
+        for _ in range(rules.processes):
+            self._fork()
+        self.manage()
+        self._reloading = newest
+
+    def end_reload(self) -> None:
+        """graceful_timeout is over."""
+        self._reloading = 0
+        self.manage()
+
+    def resize(self, processes: int) -> None:
+        """TTIN, TTOU; WINCH if there are to be none."""
+        self.rules = replace(self.rules, processes=processes)
+        self.write()
+        self.manage()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self.write()
+        for worker in list(self.workers.values()):
+            self.terminate(worker)
+
+    def terminate(self, worker: Worker) -> None:
+        """TERM, or max_requests: it wants to leave; while it still loads it just ends."""
+        worker.told = True
+        if worker.booting:
+            self.die(worker)
+
+    def reap(self, worker: Worker) -> None:
+        if not worker.alive and self.workers.pop(worker.age, None):
+            self.write()
+
+    # What processes do.
+
+    def die(self, worker: Worker) -> None:
+        worker.alive = False
+        self.unburied.append(worker)
+
+    def register(self, worker: Worker, welcomed: bool = True) -> None:
+        """It offers a channel; the dispatcher knows it before it knows the dispatcher."""
+        if not worker.alive or worker.dismissed or worker.life == self.life:
+            return
+        worker.life = self.life
+        worker.said = worker.again and worker.told
+        owed = worker.slots if worker.again else 0
+        self.table[worker.age] = worker
+        self.tell("registered", worker.age, worker.slots, owed)
+        if worker.said:
+            self.tell("leaving", worker.age)
+        if welcomed:
+            self.welcome(worker)
+
+    def welcome(self, worker: Worker) -> None:
+        if self._has_link(worker):
+            worker.welcomed = worker.again = True
+
+    def say_leaving(self, worker: Worker) -> None:
+        """What the master had written when it told it to leave has been read by now."""
+        if worker.told and not worker.said and worker.welcomed and self._has_link(worker):
+            worker.said = True
+            self.read()
+            self.tell("leaving", worker.age)
+
+    def free(self, worker: Worker) -> None:
+        """A slot comes to wait."""
+        if worker.starting and worker.welcomed and self._has_link(worker):
+            worker.starting -= 1
+            worker.idle += 1
+            self.tell("freed", worker.age, self.now)
+
+    def take(self, worker: Worker) -> None:
+        """A slot begins to read a request."""
+        if worker.alive and worker.mailbox:
+            worker.reading.append(worker.mailbox.pop(0))
+            worker.idle -= 1
+
+    def finish(self, worker: Worker, which: int = 0) -> None:
+        """A slot is done with a request: of this dispatcher's, or of one before."""
+        if not worker.alive:
+            return
+        if worker.reading:
+            request = worker.reading.pop(which % len(worker.reading))
+            worker.idle += 1
+            self._end(request, "sent", "answered")
+            self.tell("done", worker.age, request, self.now)
+        elif worker.old:
+            worker.old -= 1
+            worker.starting += 1
+            self.free(worker)
+
+    def orphan(self, worker: Worker) -> None:
+        """It was told to leave, and no dispatcher came: it finishes what it runs, and leaves."""
+        if worker.alive and worker.told and worker.life != self.life:
+            worker.dismissed = True
+
+    def leave(self, worker: Worker) -> None:
+        """Its slots have ended; so does it."""
+        if worker.alive and worker.dismissed and not worker.running():
+            self.die(worker)
+
+    def fill(self, worker: Worker) -> None:
+        worker.full = worker.alive
+
+    def make_room(self, worker: Worker) -> None:
+        if not (worker.full and worker.alive):
+            return
+        worker.full = False
+        if not self._has_link(worker):
+            return
+        if worker.leave_due:
+            worker.dismissed = True
+        elif worker.missed:
+            worker.missed = False
+            self.tell("sendable", worker.age, self.now)
+
+    def _has_link(self, worker: Worker) -> bool:
+        return worker.alive and worker.life == self.life
+
+    # Clients.
+
+    def arrive(self) -> None:
+        self._numbers += 1
+        self.requests[self._numbers] = "waiting"
+        self.tell("ready", self._numbers, self.now)
+
+    def go(self, request: int) -> None:
+        """The client of a waiting request leaves."""
+        self._end(request, "waiting", "gone")
+        self.tell("gone", request)
+
+    # The dispatcher.
+
+    def _be_born(self, was_ready: bool) -> None:
+        rules = self.page[0]
+        self.decisions, self.model = Decisions(rules), Model(rules, was_ready)
+        self.decisions.was_ready = was_ready
+        for age, worker in self.table.items():
+            self.tell("expected", age, worker.slots)
+        self.read()
+
+    def restart(self) -> None:
+        """It dies; what waits is lost, what runs goes on, and there is another."""
+        self.life += 1
+        for request in self.decisions.waiting:
+            self._end(request, "waiting", "reset")
+        for worker in self.table.values():
+            self._lose_dispatcher(worker)
+        self.table = {age: worker for age, worker in self.table.items() if worker.alive}
+        for worker in self.unburied:
+            worker.heard = True
+        self._be_born(self.decisions.was_ready)
+
+    def _lose_dispatcher(self, worker: Worker) -> None:
+        for request in worker.mailbox + worker.reading:
+            self._end(request, "sent", "answered" if worker.alive else "reset")
+        worker.old += len(worker.mailbox) + len(worker.reading)
+        worker.mailbox, worker.reading, worker.idle = [], [], 0
+        worker.starting = worker.slots - worker.old
+        worker.welcomed = worker.full = worker.missed = worker.leave_due = False
+
+    def read(self) -> None:
+        """Look at the master's page."""
+        rules, live, stopped = self.page
+        self.tell("ruled", rules, live, self.now)
+        if stopped and not self.decisions.stopping:
+            self.tell("stop")
+
+    def hear_death(self, worker: Worker) -> None:
+        if worker.alive or worker.heard:
+            return
+        worker.heard = True
+        if self.table.pop(worker.age, None):
+            unread = worker.mailbox if worker.life == self.life else []
+            for request in worker.mailbox:
+                self._end(request, "sent", "waiting")
+            self.tell("died", worker.age, frozenset(unread), self.now)
+            assert all(self.requests[each] != "sent" for each in worker.reading), "P6: it is told"
+
+    def tick(self) -> None:
+        self.tell("tick", self.now)
+
+    def may_drain(self) -> bool:
+        alive = ("waiting", "sent")
+        return self.decisions.stopping and not any(s in alive for s in self.requests.values())
+
+    def drain(self) -> None:
+        if self.may_drain() and not self.decisions.drained:
+            self.tell("drain")
+
+    def tell(self, event: str, *arguments: Any) -> None:
+        """Give an event to the decisions and to the model, and do what was decided."""
+        self.events += 1
+        actions = getattr(self.decisions, event)(*arguments)
+        getattr(self.model, event)(*arguments, actions)
+        self.model.agree(self.decisions)
+        for action in actions or ():
+            self._perform(action)
+
+    def _perform(self, action: Action) -> None:
+        if isinstance(action, Send):
+            self._send(action, self.table[action.age])
+        elif isinstance(action, Refuse):
+            self._end(action.request, "waiting", "refused")
+        elif isinstance(action, Lost):
+            self._end(action.request, "sent", "lost")
+        else:
+            worker = self.table[action.age]
+            worker.leave_due = worker.full
+            worker.dismissed = worker.dismissed or not worker.full
+
+    def _send(self, send: Send, worker: Worker) -> None:
+        self._end(send.request, "waiting", "sent")
+        if worker.full or not (worker.alive or worker.haunted):
+            worker.missed = True
+            self._end(send.request, "sent", "waiting")
+            self.tell("unsent", send.age, send.request, self.now)
+            return
+        running = sum(each.running() for each in self.workers.values())
+        assert running < self.model.rules.cap, "P2: more run than may, in truth"
+        assert len(worker.mailbox) < worker.idle, "P2: a slot is free in truth"
+        assert not worker.dismissed, "nothing is sent behind LEAVE"
+        worker.mailbox.append(send.request)
+
+    def _end(self, request: int, before: str, after: str) -> None:
+        assert self.requests[request] == before, f"{request} is {self.requests[request]}"
+        self.requests[request] = after
+
+    # All of it, to the end.
+
+    def settle(self) -> None:
+        """Let everything happen that is under way, until nothing is left to happen."""
+        self.reads_at_once = True
+        self.read()
+        before = -1
+        while before != self._happenings():
+            before = self._happenings()
+            for worker in [*self.workers.values(), *self.unburied]:
+                for happens in self._all_that_happens():
+                    happens(worker)
+            self.unburied = [each for each in self.unburied if each.age in self.workers]
+            self.drain()
+            self.manage()
+            if before == self._happenings():
+                self.end_reload()
+
+    def _all_that_happens(self) -> Collection[Callable[[Worker], None]]:
+        return (
+            self.make_room,
+            self.register,
+            self.welcome,
+            self.say_leaving,
+            *[self.free, self.take, self.finish] * 4,
+            self.leave,
+            self.hear_death,
+            self.reap,
+        )
+
+    def _happenings(self) -> tuple[int, int, int]:
+        return (self.events, self._ages, len(self.unburied))
