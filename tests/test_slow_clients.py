@@ -144,6 +144,7 @@ def test_bodies_that_come_in_parts_take_the_slot_when_they_are_there(replica, st
     for size in sizes:
         body = bytes(range(256)) * (size // 256 + 1)
         head = f"POST /echo HTTP/1.1\r\nHost: test\r\nContent-Length: {size}\r\n\r\n"
+        replica.wait_numbers(connections=0, running=0)
         with replica.connect() as client:
             client.send(head)
             for start in range(0, min(size, 1_048_000), 50_000):
