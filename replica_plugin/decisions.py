@@ -103,6 +103,11 @@ class Process:
         """How many of its slots are busy, as far as anybody knows."""
         return self.owed + len(self.requests)
 
+    @property
+    def is_complete(self) -> bool:
+        """Whether each of its slots has come to wait, or works on something."""
+        return self.free + self.running >= self.slots
+
 
 class Decisions:
     """The replica: its processes, its queue, and the rules that join them."""
@@ -195,6 +200,7 @@ class Decisions:
         if process.owed:
             process.owed -= 1
             self.running -= 1
+        self._see_whether_ready()
         return self._start(now)
 
     def done(self, age: int, request: int, now: float) -> list[Action]:
@@ -304,8 +310,14 @@ class Decisions:
                 dismissed.append(Dismiss(process.age))
         present = sorted(self._present(), key=lambda each: each.age, reverse=True)
         self._usable = present[: self.rules.processes]
-        self.was_ready = self.was_ready or len(self._usable) >= self.rules.processes > 0
+        self._see_whether_ready()
         return dismissed
+
+    def _see_whether_ready(self) -> None:
+        """The replica is ready once p processes have all their slots waiting, or working."""
+        if not self.was_ready:
+            complete = sum(each.is_complete for each in self._usable)
+            self.was_ready = complete >= self.rules.processes > 0
 
     def _present(self) -> list[Process]:
         """Processes that have registered and have not been dismissed."""

@@ -4,8 +4,8 @@
 
 Under our workers the dispatcher keeps the cap and this adds nothing to it. Everywhere else
 (flask run, waitress, uWSGI, mod_wsgi, gunicorn's own workers) a semaphore keeps
-`threads_per_process` per process. Neither holds for Flask's test client, nor for an app
-with `TESTING` set, unless `REPLICA_ENABLED` says so.
+`threads_per_process` per process; but not in an app with `TESTING` set, unless
+`REPLICA_ENABLED` says so.
 
 No state of an app is kept here: one object may serve many apps.
 """
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 ENABLED = "REPLICA_ENABLED"
 """Flask's config: False switches the extension off, True keeps it on while testing."""
-
-_TEST_CLIENT = "flask._preserve_context"  # what only Flask's test client has in its environ
 
 
 class Replica:
@@ -84,6 +82,6 @@ class _Switch:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         enabled = self._app.config.get(ENABLED)
         if enabled is None:
-            enabled = not self._app.testing and _TEST_CLIENT not in environ
+            enabled = not self._app.testing
         chosen = self._middleware if enabled else self._middleware.app
         return chosen(environ, start_response)

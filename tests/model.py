@@ -71,6 +71,7 @@ class Model:
         process = self.processes[age]
         process.credits += 1
         process.owed = max(0, process.owed - 1)
+        self._see_readiness()
         self._judge(actions)
 
     def done(self, age, request, now, actions):
@@ -145,8 +146,11 @@ class Model:
             newer = [each for each in self.present() if each.age > process.age]
             replaced = process.leaving and len(newer) >= self.rules.processes
             assert self.stopping or not replaced, "P7: one that is replaced leaves"
-        usable = len(self.usable())
-        self.was_ready = self.was_ready or usable >= self.rules.processes > 0
+        self._see_readiness()
+
+    def _see_readiness(self):
+        whole = [p for p in self.usable() if p.credits + p.running() >= p.slots]
+        self.was_ready = self.was_ready or len(whole) >= self.rules.processes > 0
 
     def _judge_send(self, send):
         assert send.request in self.waiting, "P9: only what waits is sent"

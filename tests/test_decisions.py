@@ -274,9 +274,9 @@ def test_at_the_end_of_a_stop_what_waits_is_refused():
 
 def test_ready_means_all_processes_once_and_then_any_until_a_stop_begins():
     decisions = Decisions(Rules(2, 1))
-    decisions.registered(1, 1)
+    join(decisions, 1, 1)
     assert not decisions.is_ready
-    decisions.registered(2, 1)
+    join(decisions, 2, 1)
     assert decisions.is_ready
     decisions.died(1, (), 0.0)
     assert decisions.is_ready
@@ -286,6 +286,15 @@ def test_ready_means_all_processes_once_and_then_any_until_a_stop_begins():
     assert decisions.is_ready
     decisions.stop()
     assert not decisions.is_ready
+
+
+def test_a_process_counts_as_ready_when_all_its_slots_have_come_to_wait():
+    decisions = Decisions(Rules(1, 2))
+    decisions.registered(1, 2)
+    decisions.freed(1, 0.0)
+    assert not decisions.is_ready
+    decisions.freed(1, 0.0)
+    assert decisions.is_ready
 
 
 def test_no_processes_wanted_is_not_all_processes_ready():

@@ -291,10 +291,15 @@ preambles = st.sampled_from([b"", b"\r\n", PROXY_V1, PROXIED_V2, PROXIED_V2 + b"
 
 @st.composite
 def arrivals(draw: st.DrawFn) -> tuple[list[bytes], bool]:
-    """A valid request, what follows it, and where it is cut into pieces."""
+    """A valid request, what follows it, and where it is cut into pieces.
+
+    Not right behind a PROXY preamble: what gunicorn's parser makes of a blank line there
+    depends on whether it came with the same read, and a slot's comes with what lies there.
+    """
     preamble = draw(preambles)
     data = preamble + draw(requests()) + draw(st.binary(max_size=20))
     cuts = sorted(draw(st.lists(st.integers(0, len(data)), max_size=8)))
+    cuts = [cut for cut in cuts if cut not in (len(PROXY_V1), len(PROXIED_V2))]
     return [data[a:b] for a, b in pairwise([0, *cuts, len(data)])], len(preamble) > 2
 
 
