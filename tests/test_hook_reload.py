@@ -34,34 +34,42 @@ def test_changed_settings_are_in_effect_after_hup_in_every_form_of_configuration
     base, files = FORMS[form]
     server = start(base=base, files=files, config={"threads_per_process": 2})
     # A probe says when the new settings are in effect: its path is one of them.
-    changed = {
-        "processes_per_replica": 2,
-        "threads_per_process": 1,
-        "max_replica_concurrency": 3,
-        "queue_timeout": "200ms",
-        "probes": "/new/",
-    }
-    reload(server, changed)
+    changed = {"processes_per_replica": 2, "threads_per_process": 1, "max_replica_concurrency": 2}
+    reload(server, {**changed, "probes": "/new/"})
     wait_for(lambda: server.get("/new/readyz").status == 200, "the new probes")
     assert server.get("/-/readyz").status == 404
     server.wait_numbers(processes=2, slots=2)
-    running = [server.later(f"/hold/{n}") for n in range(2)]
-    actors = stage.take(2)
-    assert len({actor.pid for actor in actors}) == 2
-    waiting = server.later("/hello")
-    server.wait_numbers(running=2, waiting=1)
+    running, actors = fill(server, stage)
     assert server.get("/hello").body == (
-        b"The replica is full: 3 requests are in flight, as many as "
-        b"max_replica_concurrency (3) admits.\n"
+        b"The replica is full: 2 requests are in flight, as many as "
+        b"max_replica_concurrency (2) admits.\n"
     )
-    assert waiting.result().body == b"No slot became free within queue_timeout (0.2 s).\n"
-    for actor in actors:
-        actor.finish()
-    assert [each.result().status for each in running] == [200, 200]
+    finish(running, actors)
+    changed |= {"max_replica_concurrency": 3, "queue_timeout": "200ms"}
+    reload(server, {**changed, "probes": "/newer/"})
+    wait_for(lambda: server.get("/newer/readyz").status == 200, "the new probes")
+    running, actors = fill(server, stage)
+    waited = server.get("/hello").body
+    assert waited == b"No slot became free within queue_timeout (0.2 s).\n"
+    finish(running, actors)
     assert (
         "Replica: 2 processes x 1 threads = 2 requests at a time (thread mode), "
         "up to 1 waiting (max_replica_concurrency 3), from replica.yaml"
     ) in messages(server.log, "INFO")
+
+
+def fill(server, stage):
+    """Two requests running, in two processes."""
+    running = [server.later(f"/hold/{n}") for n in range(2)]
+    actors = stage.take(2)
+    assert len({actor.pid for actor in actors}) == 2
+    return running, actors
+
+
+def finish(running, actors):
+    for actor in actors:
+        actor.finish()
+    assert [each.result().status for each in running] == [200, 200]
 
 
 def test_lowering_the_slots_starts_nothing_while_more_are_running(start, stage):
