@@ -17,13 +17,17 @@ REFUSAL = '"GET /hello?q=1 HTTP/1.1" 503'
 
 
 def refuse(server, stage):
-    """Have the dispatcher refuse one request."""
+    """Have the dispatcher refuse one request, and see it and another one through.
+
+    A client has its answer before the slot has logged it and is free: wait for the latter.
+    """
     running = server.later("/hold/x")
     actor = stage.next()
     with server.connect() as client:
         assert client.get("/hello?q=1", Referer="http://here", User_Agent="test").status == 503
     actor.finish()
     assert running.result().status == 200
+    server.wait_numbers(running=0)
 
 
 def lines(path, part):
