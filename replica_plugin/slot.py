@@ -1,4 +1,4 @@
-"""A slot: takes a ready request, has gunicorn's parser and the app work on it, and reports.
+"""A slot: takes a ready request, has an exchange (exchange.py) work on it, and reports.
 
     take -> read (parser) -> call the app -> write, close the body -> report, and take again
 
@@ -14,20 +14,12 @@ next one (ADOPT), with what is known about it.
 
 from __future__ import annotations
 
-import errno
-import marshal
 import socket
 from contextlib import suppress
-from datetime import datetime
-from typing import Any, Protocol
-
-from gunicorn import http, util
-from gunicorn.http import wsgi
-from gunicorn.http.errors import NoMoreData
+from typing import Protocol
 
 from .channel import (
     FREE,
-    LARGEST,
     LEAVE,
     Address,
     Adopt,
@@ -38,30 +30,20 @@ from .channel import (
     decode_job,
     receive,
 )
-from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
-from .environ import WAITED
+from .client_socket import ClientSocket
+from .exchange import Exchange, Worker
 from .pages import Cells
 
-DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
-_CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
-_get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
-
-
-class Process(Protocol):
+class Process(Worker, Protocol):
     """What a slot asks of the process it is in; a gunicorn worker."""
 
-    cfg: Any
-    log: Any
-    wsgi: Any
     serving: bool
 
     def await_channel(self) -> socket.socket | None: ...
     def dismissed(self, channel: socket.socket) -> None: ...
     def lost(self, channel: socket.socket) -> None: ...
     def offer(self, adopt: Adopt, sock: socket.socket) -> None: ...
-    def count_request(self) -> None: ...
-    def handle_error(self, req: Any, client: Any, addr: Any, exc: BaseException) -> None: ...
 
 
 class Slot:
@@ -71,7 +53,6 @@ class Slot:
         self._worker = worker
         self._index = index
         self._cells = cells
-        self._cfg = worker.cfg
         self._log = worker.log
 
     def run(self) -> None:
@@ -140,156 +121,3 @@ def _family(client: Address) -> int:
     if isinstance(client, tuple):
         return socket.AF_INET6 if len(client) > 2 else socket.AF_INET
     return socket.AF_UNIX
-
-
-class Exchange:
-    """One request and its response."""
-
-    def __init__(self, worker: Process, job: Job, sock: ClientSocket) -> None:
-        self._worker = worker
-        self._cfg = worker.cfg
-        self._log = worker.log
-        self._job = job
-        self._sock = sock
-        self._parser = _get_parser(worker.cfg, sock, job.client)
-        self._parser.req_count = job.number - 1
-        self._request: Any = None
-        self._carry = job.carry
-        if job.ahead:
-            self._parser.unreader.unread(job.ahead)
-
-    def run(self) -> Report:
-        """Serve it. Everything that can go wrong is dealt with here, and says how it ended."""
-        try:
-            self._request = next(self._parser)
-            self._know_proxy()
-            response = self._respond()
-            return self._report(self._end_of(response))
-        except BaseException as error:  # CancelledError and the like are none of the slot's
-            if self._has_left(error):
-                self._log.debug("Closing connection: the client left. %s", error)
-                return self._report(End.ABORT)
-            return self._report(self._on_error(error))
-
-    def _has_left(self, error: BaseException) -> bool:
-        """Whether the parser found the stream at its end; an app may raise StopIteration, too."""
-        return isinstance(error, NoMoreData) or (
-            isinstance(error, StopIteration) and self._request is None
-        )
-
-    def _report(self, end: End) -> Report:
-        ahead = self._parser.unreader.buf.getvalue() if end is End.KEEP else b""
-        if len(ahead) + len(self._carry) > LARGEST // 2:
-            return Report(Kind.DONE, self._job.request, End.LINGER)
-        return Report(Kind.DONE, self._job.request, end, ahead, self._carry)
-
-    def _know_proxy(self) -> None:
-        """The PROXY line comes once a connection; later requests are from the same client."""
-        info = self._request.proxy_protocol_info
-        if info:
-            self._carry = marshal.dumps(info)
-        elif self._carry:
-            self._request.proxy_protocol_info = marshal.loads(self._carry)
-
-    # The app.
-
-    def _respond(self) -> Any:
-        """Call the app and write what it answers, as gunicorn's own workers do."""
-        request, sock, cfg = self._request, self._sock, self._cfg
-        environ: dict[str, Any] = {}
-        response = None
-        try:
-            cfg.pre_request(self._worker, request)
-            began = datetime.now()
-            response, environ = wsgi.create(request, sock, self._job.client, self._job.server, cfg)
-            environ["wsgi.multithread"] = cfg.threads > 1
-            environ[WAITED] = self._job.waited
-            self._worker.count_request()
-            if self._job.last or not cfg.keepalive:
-                response.force_close()
-            self._call_app(environ, response, began)
-            return response
-        except BaseException:
-            if response is not None and response.headers_sent and sock.trouble is None:
-                self._log.exception("Error handling request %s", request.uri)
-                raise _CutShortError from None
-            raise
-        finally:
-            self._after(environ, response)
-
-    def _call_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
-        body = self._worker.wsgi(environ, response.start_response)
-        try:
-            if isinstance(body, environ["wsgi.file_wrapper"]):
-                response.write_file(body)
-            else:
-                for part in body:
-                    response.write(part)
-            response.close()
-        finally:
-            try:
-                self._log.access(response, self._request, environ, datetime.now() - began)
-            finally:
-                if hasattr(body, "close"):
-                    body.close()
-
-    def _after(self, environ: dict[str, Any], response: Any) -> None:
-        try:
-            self._cfg.post_request(self._worker, self._request, environ, response)
-        except Exception:
-            self._log.exception("Exception in post_request hook")
-
-    # The end.
-
-    def _end_of(self, response: Any) -> End:
-        """How the connection goes on after a whole response."""
-        if self._sock.trouble is not None:
-            return End.ABORT
-        drained = self._drained()
-        if not response.should_close():
-            return End.KEEP if drained else End.LINGER
-        return End.CLOSE if drained and self._request.should_close() else End.LINGER
-
-    def _drained(self) -> bool:
-        """Whether the rest of the body, which the app did not read, has been thrown away."""
-        body, left = self._request.body, DRAIN
-        self._sock.read_only_what_is_there()
-        try:
-            while left > 0:
-                part = body.read(min(left, 8192))
-                if not part:
-                    return not getattr(body, "failed", False)
-                left -= len(part)
-        except Exception:  # malformed, or not there yet: where it ends is unknown
-            return False
-        return False
-
-    def _on_error(self, error: BaseException) -> End:
-        """Say what went wrong to the client, if it can still be told, and to the log."""
-        trouble = self._sock.trouble
-        if isinstance(trouble, ReceiveTimeoutError) and not self._sock.answering:
-            return self._too_late()
-        if isinstance(trouble, SendTimeoutError):
-            self._log.warning("A client took nothing for send_timeout: cut off")
-            return End.ABORT
-        if trouble is not None:
-            if trouble.errno not in _CLIENT_GONE:
-                self._log.exception("Socket error processing request.")
-            return End.ABORT
-        if not isinstance(error, _CutShortError):
-            self._worker.handle_error(self._request, self._sock, self._job.client, error)
-        return End.LINGER
-
-    def _too_late(self) -> End:
-        self._sock.trouble = None
-        mesg = "Nothing of the request's body came for receive_timeout."
-        self._log.warning("408: %s", mesg)
-        try:
-            util.write_error(self._sock, 408, "Request Timeout", mesg)
-        except OSError:
-            return End.ABORT
-        return End.LINGER
-
-
-class _CutShortError(Exception):
-    """The app failed after the first byte: the client must see that something is missing."""

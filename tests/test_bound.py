@@ -37,6 +37,7 @@ def fill(
     server: Server, stage: Stage, which: int, count: int = 10
 ) -> tuple[list[Client], list[Actor]]:
     """Clients of so many requests, of which the first four run."""
+    server.wait_numbers(running=0, waiting=0)
     clients = [server.connect(which).ask("/hold/first") for _ in range(count)]
     server.wait_numbers(running=4, waiting=count - 4)
     return clients, stage.take(4)
@@ -55,6 +56,7 @@ def empty(clients: list[Client], actors: list[Actor], stage: Stage, waiting: int
 
 def fifty_at_once(server: Server, stage: Stage, which: int) -> Counter[int]:
     """Statuses of 50 requests, of which none ends before all that are refused were told."""
+    server.wait_numbers(running=0, waiting=0)
     clients = [server.connect(which).ask("/hold/x") for _ in range(50)]
     wait_for(lambda: sum(client.is_readable() for client in clients) >= 40, "40 refusals")
     server.wait_numbers(running=4, waiting=6)

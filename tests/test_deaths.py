@@ -84,8 +84,6 @@ def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_nex
 ):
     server = start(config=ONE, bind=BOTH)
     (worker,) = server.workers
-    assert server.get("/hello", which).status == 200
-    server.wait_numbers(running=0)  # its slot has come to wait, and given its credit
     server.tell(STOP, worker)
     clients = hold(server, which, 1, "sent") + hold(server, which, 1, "waiting")
     server.wait_numbers(running=1, waiting=1)
@@ -100,8 +98,6 @@ def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_nex
 def test_a_request_that_goes_back_to_the_queue_is_not_run_if_its_client_left(start, stage, which):
     server = start(config=ONE, bind=BOTH)
     (worker,) = server.workers
-    assert server.get("/hello", which).status == 200
-    server.wait_numbers(running=0)  # its slot has come to wait, and given its credit
     server.tell(STOP, worker)
     (leaving,) = hold(server, which, 1, "left")
     server.wait_numbers(running=1)

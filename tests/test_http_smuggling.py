@@ -26,11 +26,12 @@ def server(module_start):
 def full(module_start):
     """A replica with one slot, which is taken, and no room to wait: everything is refused."""
     server = start_pair(module_start, threads=1, config={"max_replica_concurrency": 1}).ours
-    held = server.later("/hold/x")
+    held = server.connect().ask("/hold/x")
     actor = module_start.stage.next()
     yield server
     actor.finish()
-    assert held.result().status == 200
+    assert held.reply().status == 200
+    held.close()
 
 
 # Heads of which one reader or another could say that a body follows.

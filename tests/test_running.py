@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 from server import BOTH, STOCK, Client, Server
@@ -24,11 +25,14 @@ def stage(replica, module_start) -> Iterator[Stage]:
     replica.wait_numbers(running=0, waiting=0)
 
 
-def burn_in_pairs(server: Server, which: int, kept: bool) -> list[bool]:
+def burn_in_pairs(
+    server: Server, which: int, kept: bool, settle: Callable[[], None] = lambda: None
+) -> list[bool]:
     """Of each round, whether two requests that keep the GIL ran in different processes."""
     kept_alive = [server.connect(which) for _ in range(2)]
     outcomes = []
     for _ in range(ROUNDS):
+        settle()
         clients = kept_alive if kept else [server.connect(which) for _ in range(2)]
         for client in clients:
             client.ask("/burn/1")
@@ -46,7 +50,8 @@ def close(clients: list[Client]) -> None:
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
 def test_a_pair_that_keeps_the_gil_runs_in_different_processes_in_every_round(replica, which, kept):
-    assert burn_in_pairs(replica, which, kept) == [True] * ROUNDS
+    idle = partial(replica.wait_numbers, running=0)
+    assert burn_in_pairs(replica, which, kept, idle) == [True] * ROUNDS
 
 
 def test_control_stock_gthread_puts_pairs_that_keep_the_gil_into_one_process(start):

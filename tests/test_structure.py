@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "replica_plugin"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
-KNOW_GUNICORN = {"answers", "boot", "hook", "journal", "master", "slot", "supervisor", "worker"}
+KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
     "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
     "dispatcher", "head", "heritage", "journal", "listeners", "pages", "processes", "rate", "rules",
