@@ -27,7 +27,7 @@ from typing import Any
 
 from gunicorn.workers.base import Worker
 
-from . import hook, stats
+from . import hook
 from .channel import LEAVING, Adopt, Register, send_adopt
 from .pages import Cells
 from .registration import Registration
@@ -67,7 +67,6 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 "`from replica_plugin.conf import *`, and leave check_config to its worker class."
             )
             sys.exit(3)
-        stats.share(master.replica_page)
         self._control = master.offer_socket()
         master.in_worker()
         self.sockets: list[Any] = []
