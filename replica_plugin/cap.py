@@ -56,9 +56,7 @@ class Cap:
         """The answer for a request that does not get in."""
         gate = self.gate
         rules = Rules(1, gate.slots, gate.bound, gate.timeout)
-        answer = refusal(
-            turned.why, rules, self.settings.overload_status, gate.retry_after()
-        )
+        answer = refusal(turned.why, rules, self.settings.overload_status, gate.retry_after())
         return answer.as_wsgi(environ, start_response)
 
 

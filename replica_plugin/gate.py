@@ -29,7 +29,6 @@ from weakref import WeakSet
 from .decisions import Why
 from .rate import Rate
 
-
 Turn = threading.Lock
 
 

@@ -62,9 +62,7 @@ class ReplicaMiddleware:
         """The numbers of the whole replica; without a dispatcher, those of this process."""
         return stats.of_replica() or stats.of_gate((self._cap or of_process()).gate)
 
-    def _call(
-        self, cap: Cap, environ: dict[str, Any], start_response: Any
-    ) -> Iterable[bytes]:
+    def _call(self, cap: Cap, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Call the app with a slot, which goes back with what it returns or raises."""
         try:
             with Files(environ) as files:
