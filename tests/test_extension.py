@@ -194,7 +194,7 @@ def test_two_apps_of_a_process_share_its_slots():
 def test_a_request_to_an_app_within_an_app_takes_one_slot():
     outer = flask_app()
     outer.wsgi_app = DispatcherMiddleware(outer.wsgi_app, {"/inner": flask_app()})
-    response = call(ReplicaMiddleware(outer), PATH_INFO="/inner/")
+    response = Pending(lambda: call(ReplicaMiddleware(outer), PATH_INFO="/inner/")).result()
     assert b"running" in b"".join(response)
     response.close()
     assert gate().running == 0
@@ -231,7 +231,8 @@ def test_the_cap_can_be_switched_off_and_kept_on(config, capped, caplog):
 def test_a_test_client_passes_by_the_cap_though_a_response_is_still_open(make, caplog):
     client = make(flask_app())
     first = client.get("/", buffered=False)
-    assert client.get("/").json == {"waited": 0.0, "running": 0}
+    second = Pending(lambda: client.get("/")).result()
+    assert second.json == {"waited": 0.0, "running": 0}
     first.close()
     assert told(caplog) == 0
 
@@ -256,6 +257,13 @@ def test_an_app_of_our_workers_reads_no_settings(tmp_path, monkeypatch):
     monkeypatch.setattr("replica_plugin.stats._page", ReplicaPage())
     response = call(flask_app())
     assert b'"running":0' in b"".join(response)
+
+
+def test_an_app_that_was_loaded_before_the_dispatcher_was_there_has_no_queue(monkeypatch, caplog):
+    app = flask_app()
+    monkeypatch.setattr("replica_plugin.stats._page", ReplicaPage())
+    call(app).close()
+    assert told(caplog) == 0
 
 
 def test_numbers_are_frozen():
