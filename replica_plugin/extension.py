@@ -89,27 +89,26 @@ class _Switch:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         enabled = self._app.config.get(ENABLED)
         if enabled is None:
-            enabled = not (self._app.testing or _is_test_client())
+            enabled = not (self._app.testing or _is_test_client(environ))
         chosen = self._middleware if enabled else self._middleware.app
         return chosen(environ, start_response)
 
 
-def _is_test_client() -> bool:
+def _is_test_client(environ: dict[str, Any]) -> bool:
     """Whether the request comes from `app.test_client()`, or another client of werkzeug's.
 
     A test may hold a response open and ask for the next one in the same thread, which would
-    wait for itself. Nothing in the environment tells such a request for certain: its keys
-    depend on how the client is used, and a middleware may set them, too. So the callers
-    are looked through for werkzeug's function; where a server runs, it is hardly ever
-    imported.
+    wait for itself. A client leaves its Request in the environment; but so may a middleware
+    under a server, which must not lose the cap for it. So one that has a Request is asked
+    for its callers, too: werkzeug's function is among them for a client only.
     """
-    client = sys.modules.get("werkzeug.test")
-    if client is None:
+    if "werkzeug.request" not in environ:
         return False
-    code = client.run_wsgi_app.__code__
-    frame = sys._getframe(1)
+    from werkzeug.test import run_wsgi_app
+
+    frame = sys._getframe()
     while frame.f_back is not None:
         frame = frame.f_back
-        if frame.f_code is code:
+        if frame.f_code is run_wsgi_app.__code__:
             return True
     return False

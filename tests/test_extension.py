@@ -7,7 +7,7 @@ from dataclasses import FrozenInstanceError
 from typing import Any
 
 import pytest
-from flask import Flask, send_file
+from flask import Flask, Request, send_file
 from server import Pending, wait_for
 from werkzeug.middleware.dispatcher import DispatcherMiddleware
 from werkzeug.test import Client, create_environ, run_wsgi_app
@@ -235,6 +235,17 @@ def test_a_test_client_passes_by_the_cap_though_a_response_is_still_open(make, c
     assert second.json == {"waited": 0.0, "running": 0}
     first.close()
     assert told(caplog) == 0
+
+
+def test_a_request_that_a_middleware_has_looked_at_is_not_taken_for_one_of_a_test_client(caplog):
+    app = flask_app()
+
+    def looks(environ: Any, start_response: Any) -> Any:
+        Request(environ)
+        return app(environ, start_response)
+
+    call(looks).close()
+    assert told(caplog) == 1
 
 
 def test_a_test_of_the_cap_can_have_it_under_a_test_client():
