@@ -136,6 +136,7 @@ class Dispatcher:
             decisions.running,
             decisions.rules.bound,
             len(self._clients.connections),
+            self._clients.unsent,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -151,6 +152,9 @@ class Dispatcher:
 
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
         self._journal.answered(conn, answer, now)
+
+    def on_cut_off(self, conn: Connection, now: float) -> None:
+        self._journal.cut_off(now)
 
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
@@ -182,7 +186,9 @@ class Dispatcher:
         conn = self._requests.pop(report.request, None)
         self._perform(self._decisions.done(link.age, report.request, now), now)
         if conn is not None:
-            self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
+            self._clients.give_back(conn, report, now)
+        elif report.rest is not None:
+            report.rest.close()
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)

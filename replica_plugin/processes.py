@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from .channel import (
-    LARGEST,
     LEAVE,
     VERSION,
     WELCOME,
@@ -29,6 +28,7 @@ from .channel import (
     close_all,
     decode_report,
     receive_control,
+    receive_now,
     send,
     send_job,
 )
@@ -74,7 +74,6 @@ class Processes:
         self._by_channel: dict[int, Link] = {}
         self._by_pidfd: dict[int, Link] = {}
         self._own_pidfd = os.pidfd_open(os.getpid())
-        self._buffer = bytearray(LARGEST)
         epoll.register(control.fileno(), select.EPOLLIN)
 
     def on_event(self, fd: int, mask: int, now: float) -> None:
@@ -143,16 +142,15 @@ class Processes:
 
     def _reports(self, link: Link) -> Iterator[Report]:
         """What lies on the channel; when it has ended, it is not listened to any more."""
-        view = memoryview(self._buffer)
         while link.open:
             try:
-                size = link.channel.recv_into(view, 0, socket.MSG_DONTWAIT)
+                data, fds = receive_now(link.channel)
             except BlockingIOError:
                 return
             except OSError:
-                size = 0
-            if size:
-                yield decode_report(bytes(view[:size]))
+                data, fds = b"", []
+            if data:
+                yield decode_report(data, fds)
             else:
                 self._close_channel(link)
 

@@ -123,6 +123,23 @@ class Stream:
         hold(self._environ, lambda *_: None, f"{self._name}-closing")
 
 
+def large(environ, start_response, rest):
+    """`large/MIB/HOW`: so many MiB, told apart by their place; HOW the app hands them over."""
+    mib, how = rest.split("/")
+    part = b"".join(n.to_bytes(8, "big") for n in range(1 << 17))
+    body = part * int(mib)
+    length = [("Content-Length", str(len(body)))]
+    start_response("200 OK", [] if how in ("list", "chunked") else length)
+    if how in ("one", "list"):
+        return [body]
+    return (body[at : at + 65536] for at in range(0, len(body), 65536))
+
+
+def held_large(environ, start_response, name):
+    hold(environ, lambda *_: None, name)
+    return large(environ, start_response, "8/one")
+
+
 def stream(environ, start_response, count):
     """Many parts of 64 KiB, without a Content-Length."""
     start_response("200 OK", [("Content-Type", "application/octet-stream")])
@@ -197,9 +214,11 @@ HANDLERS = {
     "fail": fail,
     "fail-late": fail_late,
     "file": file,
+    "held-large": held_large,
     "hello": hello,
     "hold": hold,
     "ignore": ignore,
+    "large": large,
     "leave": leave,
     "numbers": numbers,
     "oserror": oserror,
