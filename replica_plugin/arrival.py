@@ -114,7 +114,7 @@ class Arrivals:
         """
         space = LARGEST // 2 - len(conn.ahead)
         if space > 0:
-            with suppress(BlockingIOError):
+            with suppress(OSError):  # nothing there, or a reset that epoll will tell of
                 conn.ahead += conn.sock.recv(space, socket.MSG_DONTWAIT)
         return space > 0
 
