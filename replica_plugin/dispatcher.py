@@ -178,13 +178,17 @@ class Dispatcher:
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
-        conn = self._requests.pop(report.request, None)
+        if not self._decisions.runs(link.age, report.request):
+            return  # said twice, or of another process's request
+        conn = self._requests.pop(report.request)
         self._perform(self._decisions.done(link.age, report.request, now), now)
-        if conn is not None:
-            self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
+        self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
+
+    def on_nonsense(self, link: Link) -> None:
+        self._journal.error("Process %d says what no process of ours says: killing it", link.pid)
 
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()
