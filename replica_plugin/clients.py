@@ -322,7 +322,7 @@ class Clients:
         """Close connections on which nothing has come; from now on no other is kept."""
         self._called = True
         for conn in list(self.connections.values()):
-            if conn.state is State.ARRIVING and not conn.arrived:
+            if conn.state is State.ARRIVING and not conn.arrived and not conn.unread():
                 self.close(conn)
 
     def pending(self) -> Iterator[Connection]:
@@ -359,7 +359,7 @@ class Clients:
         for conn in self._bodies.expired(now):
             self._on_body_slow(conn, now)
         for conn in self._idle.expired(now):
-            self.close(conn)
+            self._on_idle(conn, now)
         for conn in self._lingering.expired(now):
             self.close(conn)
         self.listeners.tick(now)
@@ -390,6 +390,13 @@ class Clients:
             self._on_ready(conn, now)
         elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
             self._look(conn, now)
+
+    def _on_idle(self, conn: Connection, now: float) -> None:
+        """Its event may be among those of the next turn: with many, one turn does not see all."""
+        if conn.unread():
+            self._look(conn, now)
+        else:
+            self.close(conn)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
