@@ -7,8 +7,8 @@ and bytes), decisions (plain values) and processes (channels). Each turn of its 
 events of clients first, so that a client that has left is not run; then those of processes
 and listeners; then what is due.
 
-It reads the master's page when nudged and once a second, tells the replica's page that it
-lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
+It reads the master's page when nudged, tells the replica's page at least once a second that
+it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
 another one; what that must know lies in the pages and in the processes.
 """
 
@@ -36,7 +36,7 @@ from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .rules import Stop, Wishes, decode_wishes
 
-TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
+TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
 
 
 @dataclass(frozen=True)
