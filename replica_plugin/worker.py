@@ -27,7 +27,7 @@ from typing import Any
 
 from gunicorn.workers.base import Worker
 
-from . import hook, stats
+from . import hook
 from .channel import LEAVING, Adopt, Register, send_adopt
 from .exchange import Settled
 from .pages import Cells
@@ -68,7 +68,6 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 "`from replica_plugin.conf import *`, and leave check_config to its worker class."
             )
             sys.exit(3)
-        stats.share(master.replica_page)
         self._replica_page = master.replica_page
         self._response_buffer = master.settings.response_buffer
         self._response_buffer_total = master.settings.response_buffer_total
