@@ -35,7 +35,8 @@ LARGEST = 1 << 16
 
 _REPORT = struct.Struct("=BBQI")
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-_NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 
 Address = tuple[Any, ...] | str | bytes
 
@@ -56,6 +57,9 @@ class Kind(IntEnum):
     FREE = 0
     DONE = 1
     LEAVING = 2
+
+
+_ENDS, _KINDS = tuple(End), tuple(Kind)  # by number, and faster than calling the class
 
 
 class Job(NamedTuple):
@@ -93,7 +97,7 @@ class Report(NamedTuple):
 def decode_report(data: bytes) -> Report:
     kind, end, request, ahead = _REPORT.unpack_from(data)
     split = _REPORT.size + ahead
-    return Report(Kind(kind), request, End(end), data[_REPORT.size : split], data[split:])
+    return Report(_KINDS[kind], request, _ENDS[end], data[_REPORT.size : split], data[split:])
 
 
 FREE = Report(Kind.FREE).encode()
@@ -145,7 +149,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     MSG_CMSG_CLOEXEC keeps clients' connections out of the programs that the app starts
     (`socket.recv_fds` loses its flags in Python 3.11).
     """
-    data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
     fds = array.array("i")
     for _, _, content in rights:
         fds.frombytes(content)
