@@ -101,11 +101,19 @@ class Report(NamedTuple):
 
 
 def decode_report(data: bytes, fds: list[int]) -> Report:
-    """Raises OSError for a descriptor that is no sealed memory; all are taken care of."""
-    kind, end, request, ahead = _REPORT.unpack_from(data)
-    split = _REPORT.size + ahead
-    rest = Rest(fds.pop()) if fds else None
-    close_all(fds)
+    """Raises ValueError for what no process of ours says; its descriptors are closed then."""
+    try:
+        if len(data) < _REPORT.size:
+            raise ValueError("too short for a report")
+        kind, end, request, ahead = _REPORT.unpack_from(data)
+        split = _REPORT.size + ahead
+        if kind >= len(_KINDS) or end >= len(_ENDS) or split > len(data):
+            raise ValueError("unknown, or cut short")
+        if len(fds) > (kind == Kind.DONE):
+            raise ValueError("a descriptor too many")
+        rest = Rest(fds.pop()) if fds else None
+    finally:
+        close_all(fds)
     return Report(_KINDS[kind], request, _ENDS[end], data[_REPORT.size : split], data[split:], rest)
 
 
@@ -205,16 +213,28 @@ def _as_text(value: bytes) -> str:
 def receive_control(control: socket.socket) -> tuple[Register | Adopt | None, list[int]]:
     """The next message on the control socket; None for one that means nothing to us."""
     data, fds = receive_now(control)
-    if data[:1] == b"R" and len(fds) == 3:
-        return Register(**json.loads(data[1:])), fds
-    if data[:1] == b"A" and len(fds) == 1:
-        return _decode_adopt(json.loads(data[1:])), fds
+    try:
+        if data[:1] == b"R" and len(fds) == 3:
+            return _decode_register(json.loads(data[1:])), fds
+        if data[:1] == b"A" and len(fds) == 1:
+            return _decode_adopt(json.loads(data[1:])), fds
+    except Exception:  # whatever it is, it must not end the dispatcher
+        return None, fds
     return None, fds
+
+
+def _decode_register(fields: dict[str, Any]) -> Register:
+    pid, age, slots = (int(fields[name]) for name in ("pid", "age", "slots"))
+    if slots < 1:
+        raise ValueError("a process without slots")
+    return Register(
+        pid, age, slots, bool(fields["again"]), bool(fields["leaving"]), fields["version"]
+    )
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:
     return Adopt(
-        fields["number"],
+        int(fields["number"]),
         _address(fields["client"]),
         _address(fields["server"]),
         fields["ahead"].encode("latin-1"),

@@ -320,7 +320,7 @@ class Clients:
         self._called = True
         self._last_call_at = math.inf
         for conn in list(self.connections.values()):
-            if conn.state is State.ARRIVING and not conn.arrived:
+            if conn.state is State.ARRIVING and not conn.arrived and not conn.unread():
                 self.close(conn)
 
     def pending(self) -> Iterator[Connection]:
@@ -357,7 +357,7 @@ class Clients:
         for conn in self._bodies.expired(now):
             self._on_body_slow(conn, now)
         for conn in self._idle.expired(now):
-            self.close(conn)
+            self._on_idle(conn, now)
         for conn in self._endings.tick(now):
             self._judge.on_cut_off(conn, now)
         self.listeners.tick(now)
@@ -386,6 +386,13 @@ class Clients:
             self._on_ready(conn, now)
         elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
             self._look(conn, now)
+
+    def _on_idle(self, conn: Connection, now: float) -> None:
+        """Its event may be among those of the next turn: with many, one turn does not see all."""
+        if conn.unread():
+            self._look(conn, now)
+        else:
+            self.close(conn)
 
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:

@@ -7,8 +7,8 @@ and bytes), decisions (plain values) and processes (channels). Each turn of its 
 events of clients first, so that a client that has left is not run; then those of processes
 and listeners; then what is due.
 
-It reads the master's page when nudged and once a second, tells the replica's page that it
-lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
+It reads the master's page when nudged, tells the replica's page at least once a second that
+it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
 another one; what that must know lies in the pages and in the processes.
 """
 
@@ -36,7 +36,7 @@ from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .rules import Stop, Wishes, decode_wishes
 
-TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
+TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
 
 
 @dataclass(frozen=True)
@@ -183,15 +183,19 @@ class Dispatcher:
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
-        conn = self._requests.pop(report.request, None)
+        if not self._decisions.runs(link.age, report.request):
+            if report.rest is not None:
+                report.rest.close()
+            return  # said twice, or of another process's request
+        conn = self._requests.pop(report.request)
         self._perform(self._decisions.done(link.age, report.request, now), now)
-        if conn is not None:
-            self._clients.give_back(conn, report, now)
-        elif report.rest is not None:
-            report.rest.close()
+        self._clients.give_back(conn, report, now)
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
+
+    def on_nonsense(self, link: Link) -> None:
+        self._journal.error("Process %d says what no process of ours says: killing it", link.pid)
 
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()

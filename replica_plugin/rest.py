@@ -37,19 +37,16 @@ class Rest:
     """A sealed piece of memory, and how much of it has been sent."""
 
     def __init__(self, fd: int) -> None:
-        """Of a descriptor that came from a process. Raises OSError if it is not what it should be.
+        """Of a descriptor that came from a process, which is closed with `close`.
 
-        The descriptor is closed with `close`, or here, if this raises.
+        Raises ValueError if it is not what it should be, and closes it.
         """
         self.fd = fd
         self.sent = 0
-        try:
-            if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
-                raise OSError("a memfd without its seals")
-            self.size = os.fstat(fd).st_size
-        except OSError:
+        self.size = os.fstat(fd).st_size
+        if not _is_sealed(fd):
             os.close(fd)
-            raise
+            raise ValueError("no sealed memory")
 
     @classmethod
     def of(cls, *parts: bytes | memoryview) -> Rest:
@@ -84,6 +81,13 @@ class Rest:
 
     def close(self) -> None:
         os.close(self.fd)
+
+
+def _is_sealed(fd: int) -> bool:
+    try:
+        return fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _SEALS == _SEALS
+    except OSError:  # a file, a pipe, a socket
+        return False
 
 
 def _write(fd: int, part: memoryview) -> None:

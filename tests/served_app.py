@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -75,6 +77,12 @@ def numbers(environ, start_response, rest):
     return as_json(
         start_response, {"high": _high, "pid": os.getpid(), "threads": count, "fds": fds}
     )
+
+
+def blocks(environ, start_response, rest):
+    """How many blocks of memory Python's objects take in this process."""
+    gc.collect()
+    return as_json(start_response, {"pid": os.getpid(), "blocks": sys.getallocatedblocks()})
 
 
 def sleep(environ, start_response, seconds):
@@ -204,6 +212,7 @@ def empty(environ, start_response, rest):
 
 HANDLERS = {
     "begun": begun,
+    "blocks": blocks,
     "burn": burn,
     "cancelled": cancelled,
     "close": close,
