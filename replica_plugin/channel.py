@@ -9,7 +9,7 @@ writes to it, whichever dispatcher lives reads from it:
 A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, DONE, LEAVING
+    process -> dispatcher   FREE, DONE, LEAVING; in gevent mode TURNING, STALLED, RETURNED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
 cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
@@ -28,6 +28,8 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
+
+from .unpatched import socketpair
 
 VERSION = 1
 LARGEST = 1 << 16
@@ -56,6 +58,9 @@ class Kind(IntEnum):
     FREE = 0
     DONE = 1
     LEAVING = 2
+    TURNING = 3  # its hub turns again
+    STALLED = 4  # its hub does not turn, and why: for the log
+    RETURNED = 5  # a job that no slot has taken, since the hub does not turn
 
 
 class Job(NamedTuple):
@@ -77,7 +82,11 @@ class Job(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a process says: `request`, `end`, `ahead` and `carry` matter for DONE only."""
+    """What a process says.
+
+    `request`, `end`, `ahead` and `carry` matter for DONE; RETURNED has the `request`, STALLED
+    that and, as `carry`, a Stall.
+    """
 
     kind: Kind
     request: int = 0
@@ -98,6 +107,7 @@ def decode_report(data: bytes) -> Report:
 
 FREE = Report(Kind.FREE).encode()
 LEAVING = Report(Kind.LEAVING).encode()
+TURNING = Report(Kind.TURNING).encode()
 LEAVE = b"L"
 WELCOME = b"W"
 
@@ -115,6 +125,21 @@ class Register:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """What keeps a hub from turning: CPU used meanwhile, as a share of 1, and the line it is at."""
+
+    share: float
+    place: str
+
+    def encode(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
+
+def decode_stall(data: bytes) -> Stall:
+    return Stall(**json.loads(data))
+
+
+@dataclass(frozen=True)
 class Adopt:
     """A kept-alive connection on its way back, to a dispatcher that does not know it."""
 
@@ -127,7 +152,7 @@ class Adopt:
 
 def pair() -> tuple[socket.socket, socket.socket]:
     """The two ends of a new channel."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socketpair(socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return ours, theirs
@@ -150,6 +175,21 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     for _, _, content in rights:
         fds.frombytes(content)
     return data, fds.tolist()
+
+
+class ProcessEnd:
+    """A process's end of a channel, from which any number of slots may take at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """Wait for the next message; `b""` at the end. Raises OSError."""
+        return receive(self.sock)
+
+    def tell(self, message: bytes) -> None:
+        """Tell the dispatcher, waiting for room if there is none. Raises OSError."""
+        self.sock.send(message, socket.MSG_NOSIGNAL)
 
 
 def send_job(sock: socket.socket, job: Job, client: int) -> None:

@@ -13,6 +13,8 @@ import socket
 from collections.abc import Callable
 from typing import Any
 
+from .unpatched import Socket
+
 
 class ReceiveTimeoutError(TimeoutError):
     """Nothing of the body came for receive_timeout."""
@@ -22,7 +24,7 @@ class SendTimeoutError(TimeoutError):
     """The client took nothing for send_timeout."""
 
 
-class ClientSocket(socket.socket):
+class ClientSocket(Socket):
     """`trouble` is the error that this socket raised, if it did; then nothing more is sent."""
 
     __slots__ = ("_flags", "_on_first_byte", "answering", "trouble")

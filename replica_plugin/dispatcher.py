@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from . import answers
-from .channel import Adopt, Job, Kind, Report
+from .channel import Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
@@ -83,6 +83,7 @@ class Dispatcher:
             wait = min(TURN, max(0.0, self._next_deadline() - now))
             events = self._epoll.poll(wait)
             now = time.monotonic()
+            self._processes.watch(now)
             self._on_events(events, now)
             self._tick(now)
             self._frame.replica_page.write(self._numbers(now))
@@ -171,10 +172,15 @@ class Dispatcher:
     def on_report(self, link: Link, report: Report, now: float) -> None:
         if report.kind is Kind.FREE:
             self._perform(self._decisions.freed(link.age, now), now)
+        elif report.kind is Kind.DONE:
+            self._on_done(link, report, now)
         elif report.kind is Kind.LEAVING:
             self._perform(self._decisions.leaving(link.age), now)
-        else:
-            self._on_done(link, report, now)
+        elif report.kind is Kind.RETURNED:
+            self._on_returned(link, report.request, now)
+        elif report.kind is Kind.STALLED:
+            conn = self._requests.get(report.request)
+            self._journal.stalled(link.pid, conn, decode_stall(report.carry))
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
@@ -182,6 +188,17 @@ class Dispatcher:
         self._perform(self._decisions.done(link.age, report.request, now), now)
         if conn is not None:
             self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
+
+    def _on_returned(self, link: Link, request: int, now: float) -> None:
+        self._perform(self._decisions.returned(link.age, request, now), now)
+        if request in self._decisions.waiting:
+            self._clients.take_back(self._requests[request])
+
+    def on_stall(self, link: Link, now: float) -> None:
+        if link.stalled:
+            self._decisions.stalled(link.age)
+        else:
+            self._perform(self._decisions.turning(link.age, now), now)
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)

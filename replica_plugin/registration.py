@@ -21,6 +21,7 @@ from contextlib import suppress
 from typing import Any
 
 from .channel import WELCOME, Register, pair, receive, send_register
+from .unpatched import poll
 
 OFFER_TIME = 5.0  # seconds without WELCOME after which the process offers itself anew
 RETRY_TIME = 0.02  # seconds until it does so if the dispatcher died with its offer
@@ -49,7 +50,7 @@ class Registration:
         self._found = found
         self._lost = lost
         self._own_pidfd = os.pidfd_open(os.getpid())
-        self._poll = select.poll()
+        self._poll = poll()
         self._offered: socket.socket | None = None
         self._offered_at = 0.0
         self._dispatcher = -1  # its pidfd

@@ -9,7 +9,7 @@ import socket
 import threading
 import time
 
-HOME = threading.get_ident()  # the thread that imports the app
+HOME = threading.get_native_id()  # the thread that imports the app; gevent's have none of these
 _lock = threading.Lock()
 _now = 0
 _high = 0
@@ -58,12 +58,12 @@ def hold(environ, start_response, name):
 
 
 def who(environ, name):
-    thread = threading.get_ident()
+    thread = threading.get_native_id()
     return {
         "name": name,
         "pid": os.getpid(),
         "thread": thread,
-        "main": thread == HOME == threading.main_thread().ident,
+        "main": thread == HOME == os.getpid(),
         "waited": str(environ.get("replica_plugin.waited", "")),
     }
 
