@@ -4,8 +4,8 @@ All slots are greenlets of the process's main thread, where the app is imported,
 it the attendant is a thread of the system that runs no code of the app.
 
 1. A request has a greenlet of its own, as with gunicorn's gevent worker, so that what an app
-   leaves behind (locals, context, a timeout not cancelled) meets no later request. It takes
-   one thing from the channel, works on it, and has a successor take the slot.
+   leaves behind (locals, context, a timeout not cancelled) meets no later request. The hub makes
+   it when the request comes, so that it inherits nothing, and an idle slot costs nothing.
 2. One watcher reads the channel: two greenlets may not wait on one socket.
 3. Only the main thread, which is the hub's, touches what the slots use. The attendant puts
    what it wants done there on `_errands`, and wakes the hub.
@@ -28,6 +28,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -64,6 +65,7 @@ _get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident
 _start_thread: Callable[..., int] = gevent.monkey.get_original("_thread", "start_new_thread")
 
 Message = tuple[bytes, list[int]]
+END: Message = (b"", [])
 
 
 class GeventWorker(ReplicaWorker):
@@ -94,19 +96,19 @@ class GeventWorker(ReplicaWorker):
         self._timer = loop.timer(0.0, TURN)
         self._timer.start(self._turn)
         for slot in slots:
-            gevent.spawn(self._run_slot, slot)
+            gevent.spawn(self._run_slot, slot, None, END)
         _start_thread(self._attend, ())
         self._ended.wait()
 
     # In the main thread: slots.
 
-    def _run_slot(self, slot: Slot, channel: ProcessEnd | None = None) -> None:
-        """A greenlet's life: one request. The hub makes its successor, which inherits nothing."""
+    def _run_slot(self, slot: Slot, channel: ProcessEnd | None, message: Message) -> None:
+        """A greenlet's life: what came for a slot, which then waits, or ends."""
         try:
-            channel = channel or slot.join()
-            if channel is not None:
-                channel = channel if slot.take(channel) else None
-                gevent.get_hub().loop.run_callback(gevent.spawn, self._run_slot, slot, channel)
+            if channel is None or not (self.serving and slot.handle(channel, *message)):
+                channel = slot.join()
+            if isinstance(channel, GreenEnd):
+                channel.wait(slot)
                 return
         except Exception:
             self.log.exception("A slot failed")
@@ -126,7 +128,7 @@ class GeventWorker(ReplicaWorker):
             self._channel = None
 
     def _take_up(self, sock: socket.socket) -> None:
-        self._channel = GreenEnd(sock)
+        self._channel = GreenEnd(sock, partial(gevent.spawn, self._run_slot))
         self._changed.set()
         if self._leaving_since is not None:
             self._say_leaving()
@@ -214,26 +216,28 @@ def _culprit(frame: FrameType | None) -> tuple[int, str | None]:
 
 
 class GreenEnd(ProcessEnd):
-    """A channel's end that one watcher reads, for slots that wait here for their turn."""
+    """A channel's end that one watcher reads, for slots that wait here for their turn.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `start` is called by the hub to have a slot work on a message.
+    """
+
+    def __init__(
+        self, sock: socket.socket, start: Callable[[Slot, GreenEnd, Message], Any]
+    ) -> None:
         super().__init__(sock)
-        self._idle: list[Any] = []
+        self._start = start
+        self._idle: list[Slot] = []
         self._arrived: deque[Message] = deque()
         self._ended = False
-        self._watcher = gevent.get_hub().loop.io(sock.fileno(), READABLE)
+        self._loop = gevent.get_hub().loop
+        self._watcher = self._loop.io(sock.fileno(), READABLE)
         self._watcher.start(self._on_readable)
 
-    def receive(self) -> Message:
-        """Wait for the next message; `b""` at the end."""
-        if self._arrived:
-            return self._arrived.popleft()
-        if self._ended:
-            return b"", []
-        waiter = gevent.hub.Waiter()
-        self._idle.append(waiter)
-        message: Message = waiter.get()
-        return message
+    def wait(self, slot: Slot) -> None:
+        """Have the slot started when the next message comes."""
+        self._idle.append(slot)
+        if self._arrived or self._ended:
+            self._loop.run_callback(self._hand_out)
 
     def tell(self, message: bytes) -> None:
         """Tell the dispatcher; the hub waits for room if there is none. Raises OSError."""
@@ -245,29 +249,29 @@ class GreenEnd(ProcessEnd):
                 gevent.socket.wait_write(self.sock.fileno())
 
     def _on_readable(self) -> None:
-        """Called by the hub, which may not wait, and runs the slot until that waits."""
+        """Called by the hub, which may not wait."""
         try:
             message = receive(self.sock, _NOW)
         except BlockingIOError:  # the attendant was faster
             return
         except OSError:
-            message = b"", []
-        if message[0]:
-            self._deliver(message)
+            message = END
+        if message == END:
+            self._ended = True
+            self._watcher.close()
+            self._hand_out()
         else:
-            self._end()
+            self._deliver(message)
 
     def _deliver(self, message: Message) -> None:
-        if self._idle:
-            self._idle.pop().switch(message)
-        else:
-            self._arrived.append(message)
+        self._arrived.append(message)
+        self._hand_out()
 
-    def _end(self) -> None:
-        self._ended = True
-        self._watcher.close()
-        while self._idle:
-            self._idle.pop().switch((b"", []))
+    def _hand_out(self) -> None:
+        while self._idle and self._arrived:
+            self._start(self._idle.pop(), self, self._arrived.popleft())
+        while self._idle and self._ended:
+            self._start(self._idle.pop(), self, END)
 
     def give_back(self, in_hub: Callable[..., None]) -> None:
         """Called by the attendant while the hub stalls: return jobs that no slot has taken."""
