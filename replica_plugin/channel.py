@@ -38,6 +38,7 @@ LARGEST = 1 << 16
 _REPORT = struct.Struct("=BBQI")
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)  # an IntFlag takes a microsecond for each `|`
 
 Address = tuple[Any, ...] | str | bytes
 
@@ -170,7 +171,7 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     MSG_CMSG_CLOEXEC keeps clients' connections out of the programs that the app starts
     (`socket.recv_fds` loses its flags in Python 3.11).
     """
-    data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | socket.MSG_CMSG_CLOEXEC)
+    data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
     fds = array.array("i")
     for _, _, content in rights:
         fds.frombytes(content)

@@ -58,7 +58,8 @@ from .worker import ReplicaWorker
 TURN = 0.25  # seconds between two signs of life of the hub, and two looks at it
 READABLE = 1
 PART = 1 << 16  # bytes of a file that are sent at a time
-_NOW = socket.MSG_DONTWAIT
+_NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
+_TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TIMEVAL = struct.Struct("ll")
 
 _get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
@@ -142,7 +143,7 @@ class GeventWorker(ReplicaWorker):
         self._cells.turn()
         if late and self._channel is not None:
             with suppress(OSError):  # no room, or a dispatcher that died: it looks once a second
-                self._channel.sock.send(TURNING, _NOW | socket.MSG_NOSIGNAL)
+                self._channel.sock.send(TURNING, _TELL)
 
     def _run_errands(self) -> None:
         while self._errands:
@@ -243,7 +244,7 @@ class GreenEnd(ProcessEnd):
         """Tell the dispatcher; the hub waits for room if there is none. Raises OSError."""
         while True:
             try:
-                self.sock.send(message, _NOW | socket.MSG_NOSIGNAL)
+                self.sock.send(message, _TELL)
                 return
             except BlockingIOError:
                 gevent.socket.wait_write(self.sock.fileno())
