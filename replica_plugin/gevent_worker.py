@@ -38,6 +38,7 @@ import gevent.hub
 import gevent.monkey
 import gevent.socket
 
+from . import early
 from .channel import (
     LEAVE,
     TURNING,
@@ -78,7 +79,16 @@ class GeventWorker(ReplicaWorker):
         super().__init__(*arguments, **named)
         self.client_socket = GreenClientSocket
         self._errands: deque[tuple[Callable[..., Any], tuple[Any, ...]]] = deque()
+        self._waker: Any = None
         self._explained = False
+
+    @classmethod
+    def check_config(cls, cfg: Any, log: Any) -> None:
+        """gunicorn asks before it forks; with preload_app, when the app has been loaded."""
+        super().check_config(cfg, log)
+        warning = early.warning(gevent.monkey.get_original)
+        if warning:
+            log.warning("%s", warning)
 
     def init_process(self) -> None:
         """Patch where gunicorn's own gevent worker does: in the process, before the app comes."""
@@ -156,11 +166,20 @@ class GeventWorker(ReplicaWorker):
         """QUIT, INT: leave now."""
         gevent.spawn(super().handle_quit, sig, frame)
 
+    def handle_abort(self, sig: int, frame: Any) -> None:
+        """ABRT: interrupt what keeps the hub, which is not what waits for the end; then end."""
+        self._in_hub(self._finish)
+        super().handle_abort(sig, frame)
+
+    def _finish(self) -> None:
+        self._ended.set()
+
     # The attendant, in a thread of its own.
 
     def _in_hub(self, errand: Callable[..., Any], *arguments: Any) -> None:
         self._errands.append((errand, arguments))
-        self._waker.send()
+        if self._waker is not None:
+            self._waker.send()
 
     def _found(self, sock: socket.socket) -> None:
         self._in_hub(self._take_up, sock)

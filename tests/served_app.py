@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -68,6 +69,22 @@ def who(environ, name):
     }
 
 
+def block(environ, start_response, name):
+    """As hold, but gevent's patch does not reach it: it keeps the whole thread."""
+    import _socket
+
+    link = _socket.socket(socket.AF_UNIX)
+    link.connect(os.environ["STAGE"])
+    link.sendall((json.dumps(who(environ, name)) + "\n").encode())
+    link.recv(1)
+    link.close()
+    return as_json(start_response, who(environ, name))
+
+
+def modules(environ, start_response, rest):
+    return as_json(start_response, sorted(sys.modules))
+
+
 def numbers(environ, start_response, rest):
     """The highest number of requests this process has had inside at once, and its threads."""
     fds = len(os.listdir("/proc/self/fd"))
@@ -90,6 +107,14 @@ def burn(environ, start_response, millions):
     sum(range(int(millions) * 1_000_000))
     value = who(environ, "") | {"began": began, "ended": time.monotonic()}
     return as_json(start_response, value)
+
+
+def grip(environ, start_response, seconds):
+    """Keep the GIL for so long, and use no CPU."""
+    import ctypes
+
+    ctypes.PyDLL(None).usleep(int(float(seconds) * 1e6))
+    return as_json(start_response, who(environ, ""))
 
 
 def echo(environ, start_response, rest):
@@ -187,6 +212,7 @@ def empty(environ, start_response, rest):
 
 HANDLERS = {
     "begun": begun,
+    "block": block,
     "burn": burn,
     "cancelled": cancelled,
     "close": close,
@@ -197,10 +223,12 @@ HANDLERS = {
     "fail": fail,
     "fail-late": fail_late,
     "file": file,
+    "grip": grip,
     "hello": hello,
     "hold": hold,
     "ignore": ignore,
     "leave": leave,
+    "modules": modules,
     "numbers": numbers,
     "oserror": oserror,
     "partly": partly,

@@ -398,7 +398,9 @@ class Client:
 
     def is_readable(self) -> bool:
         """Whether something lies there now: bytes, or the end."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def reset(self) -> None:
         """Leave without a good-bye."""
