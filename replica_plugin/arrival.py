@@ -29,7 +29,7 @@ PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
 ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
 FREE_MARK = 1 << 16  # and so many of each, which any connection's buffer holds
-_PEEK = socket.MSG_PEEK | socket.MSG_DONTWAIT
+_PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
 class Sight(Enum):

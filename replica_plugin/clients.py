@@ -36,7 +36,7 @@ from .rules import Serving
 
 EDGE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
-_NOW = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
@@ -66,8 +66,9 @@ class Clients:
         self._epoll = epoll
         self._judge = judge
         self._arrivals = Arrivals(serving)
-        self._last_call_at: float | None = None
-        self._called = False
+        self._stopping = False
+        self._last_call_at = math.inf
+        self._called = False  # the last call is over
         self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
         self._heads: Deadlines[Connection] = Deadlines(None)
         self._bodies: Deadlines[Connection] = Deadlines(None)
@@ -80,9 +81,9 @@ class Clients:
     def serve(self, serving: Serving) -> None:
         """Take over settings that may have changed; they hold for waits that go on, too."""
         self._serving = self._arrivals.serving = serving
-        self._heads.seconds = serving.header_timeout
-        self._bodies.seconds = serving.receive_timeout / 4
-        self._idle.seconds = serving.keepalive
+        self._heads.last(serving.header_timeout)
+        self._bodies.last(serving.receive_timeout / 4)
+        self._idle.last(serving.keepalive)
 
     # From a listener to a ready request.
 
@@ -224,7 +225,7 @@ class Clients:
             return
         conn.looked_at = 0.0
         self._time(conn, self._idle, now)
-        if conn.touched or conn.ahead or (conn.registered and conn.unread()):
+        if conn.touched or conn.ahead:
             self._look(conn, now)  # what came while it waited has had its event, and woke nobody
         else:
             self._register(conn)
@@ -262,7 +263,7 @@ class Clients:
         """Whether the connection can go on: the request has surely ended where its head did."""
         if conn.state is State.RUNNING or conn.hung_up or not self._serving.keepalive:
             return False
-        if self._last_call_at is not None or not (head.ends_request and head.keeps_alive):
+        if self._stopping or not (head.ends_request and head.keeps_alive):
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
@@ -316,11 +317,13 @@ class Clients:
             while self.on_listener(fd, now):
                 pass
         self.listeners.close()
+        self._stopping = True
         self._last_call_at = now + LAST_CALL
 
     def _last_call(self) -> None:
         """Close connections on which nothing has come; from now on no other is kept."""
         self._called = True
+        self._last_call_at = math.inf
         for conn in list(self.connections.values()):
             if conn.state is State.ARRIVING and not conn.arrived:
                 self.close(conn)
@@ -332,18 +335,18 @@ class Clients:
     # Time.
 
     def next_deadline(self) -> float:
-        """When `tick` is needed next."""
-        last_call = self._last_call_at if not self._called else None
+        """When `tick` is needed next, or sooner."""
+        if self._answered:
+            return 0.0
         return min(
-            0.0 if self._answered else math.inf,
-            self._heads.next(),
-            self._bodies.next(),
-            self._idle.next(),
-            self._glances.next(),
-            self._quiet.next(),
-            self._lingering.next(),
+            self._heads.due,
+            self._bodies.due,
+            self._idle.due,
+            self._glances.due,
+            self._quiet.due,
+            self._lingering.due,
             self.listeners.paused_until,
-            math.inf if last_call is None else last_call,
+            self._last_call_at,
         )
 
     def tick(self, now: float) -> None:
@@ -363,7 +366,7 @@ class Clients:
         for conn in self._lingering.expired(now):
             self.close(conn)
         self.listeners.tick(now)
-        if self._last_call_at is not None and not self._called and self._last_call_at <= now:
+        if self._last_call_at <= now:
             self._last_call()
 
     def _on_answered(self, conn: Connection, now: float) -> None:
@@ -420,7 +423,8 @@ class Clients:
         if conn.timer is not None:
             conn.timer.stop(conn)
             conn.timer = None
-        self._arrivals.forget_body(conn)
+        if conn.awaited:
+            self._arrivals.forget_body(conn)
         self._glances.stop(conn)
         self._quiet.stop(conn)
 

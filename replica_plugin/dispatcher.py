@@ -79,13 +79,13 @@ class Dispatcher:
     def run(self) -> None:
         """Serve until a stop is done."""
         while not self._ended:
-            now = time.monotonic()
-            wait = min(TURN, max(0.0, self._next_deadline() - now))
+            due = self._next_deadline()
+            wait = min(TURN, max(0.0, due - time.monotonic()))
             events = self._epoll.poll(wait)
             now = time.monotonic()
             self._processes.watch(now)
             self._on_events(events, now)
-            self._tick(now)
+            self._tick(due <= now, now)
             self._frame.replica_page.write(self._numbers(now))
 
     def _on_events(self, events: Iterable[tuple[int, int]], now: float) -> None:
@@ -118,10 +118,11 @@ class Dispatcher:
             self._next_of_stop(),
         )
 
-    def _tick(self, now: float) -> None:
-        self._clients.tick(now)
+    def _tick(self, due: bool, now: float) -> None:
+        if due:
+            self._clients.tick(now)
+            self._journal.tick(now)
         self._perform(self._decisions.tick(now), now)
-        self._journal.tick(now)
         if self._stop is not None and self._stop.graceful:
             self._go_on_stopping(self._stop, now)
 
@@ -131,7 +132,7 @@ class Dispatcher:
             now,
             decisions.was_ready,
             decisions.usable,
-            sum(link.slots for link in self._processes.links.values()),
+            self._processes.slots,
             len(decisions.waiting),
             decisions.running,
             decisions.rules.bound,

@@ -322,7 +322,7 @@ class GreenClientSocket(ClientSocket):
                 raise self._noted(error, ReceiveTimeoutError) from None
 
     def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """As socket.recv_into. Raises ReceiveTimeoutError."""
+        """As socket.recv_into, which an app may use by `makefile`. Raises ReceiveTimeoutError."""
         while True:
             try:
                 return Socket.recv_into(self, buffer, nbytes, flags | _NOW)
@@ -341,9 +341,7 @@ class GreenClientSocket(ClientSocket):
             except OSError as error:
                 raise self._noted(error, SendTimeoutError) from None
 
-    def sendall(self, data: Any, flags: int = 0) -> None:
-        """As socket.sendall. Raises SendTimeoutError when the client takes nothing for too long."""
-        self._begin()
+    def _put(self, data: Any, flags: int = 0) -> None:
         sent = self.send(data, flags)
         if sent < len(data):
             rest = memoryview(data)
@@ -351,33 +349,31 @@ class GreenClientSocket(ClientSocket):
                 sent += self.send(rest[sent:], flags)
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """As socket.sendfile, by reading: the kernel's would wait in the kernel."""
-        self._begin()
+        """As socket.sendfile, by reading: the kernel's would have the whole process wait."""
         sent = 0
         while count is None or sent < count:
             part = PART if count is None else min(PART, count - sent)
             data = os.pread(file.fileno(), part, offset + sent)
             if not data:
                 break
-            self.sendall(data)
+            self._write(data)
             sent += len(data)
         return sent
 
     def _await_bytes(self) -> None:
-        if self._flags & _NOW:
-            raise self._noted(ReceiveTimeoutError(), ReceiveTimeoutError)
         error = ReceiveTimeoutError()
+        if self._flags:
+            raise self._noted(error, ReceiveTimeoutError)
         self._wait(gevent.socket.wait_read, socket.SO_RCVTIMEO, error)
 
     def _await_room(self) -> None:
         self._wait(gevent.socket.wait_write, socket.SO_SNDTIMEO, SendTimeoutError())
 
     def _wait(self, wait: Callable[..., None], limit: int, error: OSError) -> None:
-        whole, millionths = _TIMEVAL.unpack(
-            self.getsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.size)
-        )
-        seconds = whole + millionths / 1e6
+        """Wait for as long as the dispatcher has told the kernel."""
+        limits = self.getsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.size)
+        whole, millionths = _TIMEVAL.unpack(limits)
         try:
-            wait(self.fileno(), seconds or None, error)
+            wait(self.fileno(), whole + millionths / 1e6 or None, error)
         except OSError as raised:
             raise self._noted(raised, type(error)) from None

@@ -69,6 +69,7 @@ class Processes:
 
     def __init__(self, epoll: select.epoll, control: socket.socket, office: Office) -> None:
         self.links: dict[int, Link] = {}
+        self.slots = 0  # of all of them
         self._epoll = epoll
         self._control = control
         self._office = office
@@ -140,6 +141,7 @@ class Processes:
 
     def _know(self, link: Link) -> None:
         self.links[link.age] = link
+        self.slots += link.slots
         self._by_channel[link.channel.fileno()] = link
         self._by_pidfd[link.pidfd] = link
         self._epoll.register(link.channel.fileno(), select.EPOLLIN)
@@ -170,6 +172,7 @@ class Processes:
         for report in self._reports(link):
             self._office.on_report(link, report, now)
         del self.links[link.age]
+        self.slots -= link.slots
         del self._by_pidfd[link.pidfd]
         self._epoll.unregister(link.pidfd)
         self._close_channel(link)

@@ -32,6 +32,7 @@ from gunicorn.workers.base import Worker
 from . import hook, stats
 from .channel import LEAVING, Adopt, ProcessEnd, Register, send_adopt
 from .client_socket import ClientSocket
+from .exchange import Settled
 from .pages import Cells
 from .registration import Registration
 from .slot import Slot
@@ -78,6 +79,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def run(self) -> None:
         """Serve until dismissed."""
+        self.cfg: Any = Settled(self.cfg)
         self._cells = Cells(self.cfg.threads)
         slots = [Slot(self, index, self._cells) for index in range(self.cfg.threads)]
         self._working = len(slots)

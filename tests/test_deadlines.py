@@ -15,11 +15,11 @@ def test_items_expire_when_their_time_is_over_and_not_before_oldest_first():
     deadlines.start("a", 10.0)
     deadlines.start("b", 11.0)
     deadlines.start("c", 11.0)
-    assert deadlines.next() == 12.0
+    assert deadlines.due == 12.0
     assert list(deadlines.expired(11.999)) == []
     assert list(deadlines.expired(12.0)) == ["a"]
     assert list(deadlines.expired(13.0)) == ["b", "c"]
-    assert (len(deadlines), deadlines.next()) == (0, math.inf)
+    assert (len(deadlines), deadlines.due) == (0, math.inf)
 
 
 def test_an_item_that_is_started_again_waits_anew_behind_the_others():
@@ -44,7 +44,7 @@ def test_an_item_that_is_stopped_does_not_expire_and_stopping_twice_is_no_error(
 def test_without_a_time_nothing_expires():
     deadlines: Deadlines[str] = Deadlines(None)
     deadlines.start("a", 10.0)
-    assert deadlines.next() == math.inf
+    assert deadlines.due == math.inf
     assert list(deadlines.expired(1e9)) == []
     assert "a" in deadlines
 
@@ -52,8 +52,8 @@ def test_without_a_time_nothing_expires():
 def test_a_new_time_holds_for_waits_that_have_begun():
     deadlines: Deadlines[str] = Deadlines(None)
     deadlines.start("a", 10.0)
-    deadlines.seconds = 1.0
-    assert deadlines.next() == 11.0
+    deadlines.last(1.0)
+    assert deadlines.due == 11.0
 
 
 def test_an_item_may_be_started_again_while_those_expired_are_looked_at():
@@ -63,7 +63,7 @@ def test_an_item_may_be_started_again_while_those_expired_are_looked_at():
     for item in deadlines.expired(12.0):
         deadlines.start(item, 12.0)
     assert len(deadlines) == 2
-    assert deadlines.next() == 14.0
+    assert deadlines.due == 14.0
 
 
 def test_an_item_may_stop_another_one_while_those_expired_are_looked_at():
@@ -100,5 +100,6 @@ def test_they_are_what_a_dictionary_of_times_is(history):
             assert set(expired) == due.keys() and len(expired) == len(due)
             assert [due[each] for each in expired] == sorted(due.values())
             since = {each: at for each, at in since.items() if each not in due}
-        assert deadlines.next() == min(since.values(), default=math.inf) + 4
+            assert deadlines.due == min(since.values(), default=math.inf) + 4
+        assert deadlines.due <= min(since.values(), default=math.inf) + 4
         assert len(deadlines) == len(since) and all(each in deadlines for each in since)
