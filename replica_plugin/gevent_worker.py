@@ -3,9 +3,10 @@
 All slots are greenlets of the process's main thread, where the app is imported, too. Beside
 it the attendant is a thread of the system that runs no code of the app.
 
-1. A request has a greenlet of its own, as with gunicorn's gevent worker, so that what an app
-   leaves behind (locals, context, a timeout not cancelled) meets no later request. The hub makes
-   it when the request comes, so that it inherits nothing, and an idle slot costs nothing.
+1. A greenlet in which a request has waited for anything takes no other one; the hub makes the
+   slot a new one. So what the app leaves behind there (locals, a timeout not cancelled) meets no
+   later request, as with gunicorn's gevent worker. A request that never waited leaves its
+   greenlet to the next: to make one takes a third of the time that such a request does.
 2. One watcher reads the channel: two greenlets may not wait on one socket.
 3. Only the main thread, which is the hub's, touches what the slots use. The attendant puts
    what it wants done there on `_errands`, and wakes the hub.
@@ -21,6 +22,7 @@ The attendant uses nothing that gevent patches, and of gevent only the hub's `as
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import sys
@@ -28,7 +30,6 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -92,6 +93,8 @@ class GeventWorker(ReplicaWorker):
 
     def init_process(self) -> None:
         """Patch where gunicorn's own gevent worker does: in the process, before the app comes."""
+        # It takes a while, in which the master's handler, inherited, would lose a TERM.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gevent.monkey.patch_all()
         gevent.reinit()
         super().init_process()
@@ -107,20 +110,22 @@ class GeventWorker(ReplicaWorker):
         self._timer = loop.timer(0.0, TURN)
         self._timer.start(self._turn)
         for slot in slots:
-            gevent.spawn(self._run_slot, slot, None, END)
+            gevent.spawn(self._run_slot, slot)
         _start_thread(self._attend, ())
         self._ended.wait()
 
     # In the main thread: slots.
 
-    def _run_slot(self, slot: Slot, channel: ProcessEnd | None, message: Message) -> None:
-        """A greenlet's life: what came for a slot, which then waits, or ends."""
+    def _run_slot(self, slot: Slot, channel: ProcessEnd | None = None) -> None:
+        """A greenlet's life. The hub makes its successor, which inherits nothing."""
         try:
-            if channel is None or not (self.serving and slot.handle(channel, *message)):
-                channel = slot.join()
-            if isinstance(channel, GreenEnd):
-                channel.wait(slot)
-                return
+            while (channel := channel or slot.join()) is not None:
+                going = slot.take(channel)
+                if not (going and isinstance(channel, GreenEnd) and channel.handing):
+                    following = channel if going else None
+                    run = gevent.get_hub().loop.run_callback
+                    run(gevent.spawn, self._run_slot, slot, following)
+                    return
         except Exception:
             self.log.exception("A slot failed")
         self._working -= 1
@@ -139,7 +144,7 @@ class GeventWorker(ReplicaWorker):
             self._channel = None
 
     def _take_up(self, sock: socket.socket) -> None:
-        self._channel = GreenEnd(sock, partial(gevent.spawn, self._run_slot))
+        self._channel = GreenEnd(sock)
         self._changed.set()
         if self._leaving_since is not None:
             self._say_leaving()
@@ -238,26 +243,29 @@ def _culprit(frame: FrameType | None) -> tuple[int, str | None]:
 class GreenEnd(ProcessEnd):
     """A channel's end that one watcher reads, for slots that wait here for their turn.
 
-    `start` is called by the hub to have a slot work on a message.
+    `handing` is true for a slot that has not let the hub turn since it was handed a message.
     """
 
-    def __init__(
-        self, sock: socket.socket, start: Callable[[Slot, GreenEnd, Message], Any]
-    ) -> None:
+    def __init__(self, sock: socket.socket) -> None:
         super().__init__(sock)
-        self._start = start
-        self._idle: list[Slot] = []
+        self.handing = False
+        self._idle: list[Any] = []  # gevent's Waiters
         self._arrived: deque[Message] = deque()
         self._ended = False
-        self._loop = gevent.get_hub().loop
-        self._watcher = self._loop.io(sock.fileno(), READABLE)
+        self._watcher = gevent.get_hub().loop.io(sock.fileno(), READABLE)
         self._watcher.start(self._on_readable)
 
-    def wait(self, slot: Slot) -> None:
-        """Have the slot started when the next message comes."""
-        self._idle.append(slot)
-        if self._arrived or self._ended:
-            self._loop.run_callback(self._hand_out)
+    def receive(self) -> Message:
+        """Wait for the next message; `b""` at the end. Nothing else ends the wait."""
+        while not (self._arrived or self._ended):
+            waiter = gevent.hub.Waiter()
+            self._idle.append(waiter)
+            try:
+                message: Message = waiter.get()
+                return message
+            except BaseException:  # a timeout of a request that is long over, say
+                self._idle.remove(waiter)
+        return self._arrived.popleft() if self._arrived else END
 
     def tell(self, message: bytes) -> None:
         """Tell the dispatcher; the hub waits for room if there is none. Raises OSError."""
@@ -279,19 +287,22 @@ class GreenEnd(ProcessEnd):
         if message == END:
             self._ended = True
             self._watcher.close()
-            self._hand_out()
+            while self._idle:
+                self._hand(message)
         else:
             self._deliver(message)
 
     def _deliver(self, message: Message) -> None:
-        self._arrived.append(message)
-        self._hand_out()
+        if self._idle:
+            self._hand(message)
+        else:
+            self._arrived.append(message)
 
-    def _hand_out(self) -> None:
-        while self._idle and self._arrived:
-            self._start(self._idle.pop(), self, self._arrived.popleft())
-        while self._idle and self._ended:
-            self._start(self._idle.pop(), self, END)
+    def _hand(self, message: Message) -> None:
+        """Run a slot, until it waits."""
+        self.handing = True
+        self._idle.pop().switch(message)
+        self.handing = False
 
     def give_back(self, in_hub: Callable[..., None]) -> None:
         """Called by the attendant while the hub stalls: return jobs that no slot has taken."""

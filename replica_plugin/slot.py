@@ -71,10 +71,9 @@ class Slot:
 
     def take(self, channel: ProcessEnd) -> bool:
         """Work on the next thing that comes on this channel; False when that has ended."""
-        return self._worker.serving and self.handle(channel, *channel.receive())
-
-    def handle(self, channel: ProcessEnd, data: bytes, fds: list[int]) -> bool:
-        """Work on what came on this channel; False when that has ended."""
+        if not self._worker.serving:
+            return False
+        data, fds = channel.receive()
         if not data:
             self._worker.lost(channel)
             return False

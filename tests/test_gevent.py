@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -103,6 +104,7 @@ context, local = ContextVar("context", default="none"), gevent.local.local()
 def application(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])
     if environ["PATH_INFO"] == "/leave":
+        gevent.sleep(0.001)
         gevent.Timeout(0.01).start()
         context.set("left")
         local.value = "left"
@@ -112,13 +114,32 @@ def application(environ, start_response):
 """
 
 
-def test_what_a_request_leaves_behind_meets_no_later_one(start):
+def test_what_a_request_that_waited_leaves_behind_meets_no_later_one(start):
     files = {"leftovers.py": LEFTOVERS}
     config = {**ONE, "threads_per_process": 1}
     server = start(config=config, app="leftovers:application", files=files)
     for _ in range(3):
         assert server.get("/leave").body == b"left"
         assert server.get("/").body == b"none none"
+
+
+STRAY = """
+import gevent
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    gevent.Timeout(0.05).start()
+    return [b"left"]
+"""
+
+
+def test_a_timeout_that_a_request_left_running_costs_no_slot(start):
+    config = {**ONE, "threads_per_process": 1}
+    server = start(config=config, app="stray:application", files={"stray.py": STRAY})
+    assert server.get("/").status == 200
+    beat = server.numbers().beat
+    wait_for(lambda: server.numbers().beat > beat + 1, "the timeout")
+    assert server.get("/").status == 200
 
 
 def test_a_killed_greenlet_costs_its_request_and_no_slot(start, stage):
@@ -204,8 +225,8 @@ def test_the_log_says_once_a_process_who_keeps_its_hub_where_and_what_to_do(star
 
 def test_a_handler_that_keeps_the_gil_is_named_in_the_log_when_it_lets_go(start):
     server = start(config=ONE)
-    assert server.get("/grip/1.6").status == 200
-    server.wait_log(r"GET /grip/1.6 keeps it, with \d+ % of a CPU, in served_app.py:\d+ \(grip\)")
+    named = r"GET /grip/1.6 keeps it, with \d+ % of a CPU, in \w+.py:\d+"
+    wait_for(lambda: server.get("/grip/1.6").status == 200 and re.search(named, server.log), named)
 
 
 def test_a_process_whose_hub_turns_no_more_is_replaced_after_timeout(start, stage):
