@@ -7,8 +7,8 @@ and bytes), decisions (plain values) and processes (channels). Each turn of its 
 events of clients first, so that a client that has left is not run; then those of processes
 and listeners; then what is due.
 
-It reads the master's page when nudged and once a second, tells the replica's page that it
-lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
+It reads the master's page when nudged, tells the replica's page at least once a second that
+it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
 another one; what that must know lies in the pages and in the processes.
 """
 
@@ -36,7 +36,7 @@ from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .rules import Stop, Wishes, decode_wishes
 
-TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
+TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Dispatcher:
             decisions.running,
             decisions.rules.bound,
             len(self._clients.connections),
+            self._clients.unsent,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -152,6 +153,9 @@ class Dispatcher:
 
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
         self._journal.answered(conn, answer, now)
+
+    def on_cut_off(self, conn: Connection, now: float) -> None:
+        self._journal.cut_off(now)
 
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
@@ -180,20 +184,29 @@ class Dispatcher:
         elif report.kind is Kind.RETURNED:
             self._on_returned(link, report.request, now)
         elif report.kind is Kind.STALLED:
-            conn = self._requests.get(report.request)
-            self._journal.stalled(link.pid, conn, decode_stall(report.carry))
+            self._on_explained(link, report)
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
-        conn = self._requests.pop(report.request, None)
+        if not self._decisions.runs(link.age, report.request):
+            if report.rest is not None:
+                report.rest.close()
+            return  # said twice, or of another process's request
+        conn = self._requests.pop(report.request)
         self._perform(self._decisions.done(link.age, report.request, now), now)
-        if conn is not None:
-            self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
+        self._clients.give_back(conn, report, now)
 
     def _on_returned(self, link: Link, request: int, now: float) -> None:
+        if not self._decisions.runs(link.age, request):
+            return
         self._perform(self._decisions.returned(link.age, request, now), now)
         if request in self._decisions.waiting:
             self._clients.take_back(self._requests[request])
+
+    def _on_explained(self, link: Link, report: Report) -> None:
+        stall = decode_stall(report.carry)
+        if stall is not None:
+            self._journal.stalled(link.pid, self._requests.get(report.request), stall)
 
     def on_stall(self, link: Link, now: float) -> None:
         if link.stalled:
@@ -203,6 +216,9 @@ class Dispatcher:
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
+
+    def on_nonsense(self, link: Link) -> None:
+        self._journal.error("Process %d says what no process of ours says: killing it", link.pid)
 
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()

@@ -53,13 +53,13 @@ from .channel import (
 )
 from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
 from .pages import STALL
+from .rest import PIECE, queued
 from .slot import Slot
 from .unpatched import Socket
 from .worker import ReplicaWorker
 
 TURN = 0.25  # seconds between two signs of life of the hub, and two looks at it
 READABLE = 1
-PART = 1 << 16  # bytes of a file that are sent at a time
 _NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 _TIMEVAL = struct.Struct("ll")
@@ -267,11 +267,11 @@ class GreenEnd(ProcessEnd):
                 self._idle.remove(waiter)
         return self._arrived.popleft() if self._arrived else END
 
-    def tell(self, message: bytes) -> None:
-        """Tell the dispatcher; the hub waits for room if there is none. Raises OSError."""
+    def tell(self, message: bytes, *fds: int) -> None:
+        """Tell the dispatcher; the greenlet waits for room if there is none. Raises OSError."""
         while True:
             try:
-                self.sock.send(message, _TELL)
+                self._send(message, fds, _TELL)
                 return
             except BlockingIOError:
                 gevent.socket.wait_write(self.sock.fileno())
@@ -344,47 +344,47 @@ class GreenClientSocket(ClientSocket):
 
     def send(self, data: Any, flags: int = 0) -> int:
         """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
-        while True:
-            try:
-                return Socket.send(self, data, flags | _NOW)
-            except BlockingIOError:
-                self._await_room()
-            except OSError as error:
-                raise self._noted(error, SendTimeoutError) from None
+        try:
+            return Socket.send(self, data, flags | _NOW)
+        except BlockingIOError:
+            return self._send_later(data, flags)
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
 
-    def _put(self, data: Any, flags: int = 0) -> None:
-        sent = self.send(data, flags)
-        if sent < len(data):
-            rest = memoryview(data)
-            while sent < len(rest):
-                sent += self.send(rest[sent:], flags)
-
-    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """As socket.sendfile, by reading: the kernel's would have the whole process wait."""
-        sent = 0
-        while count is None or sent < count:
-            part = PART if count is None else min(PART, count - sent)
-            data = os.pread(file.fileno(), part, offset + sent)
-            if not data:
-                break
-            self._write(data)
-            sent += len(data)
+    def _send_later(self, data: Any, flags: int) -> int:
+        try:
+            while not (sent := self._send_some(data, flags)):
+                pass
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
         return sent
 
+    def _send_some(self, data: memoryview, flags: int) -> int:
+        before = queued(self)
+        ready = self._wait(gevent.socket.wait_write, socket.SO_SNDTIMEO)
+        try:
+            return Socket.send(self, data, flags | _NOW)
+        except BlockingIOError:
+            if not ready and queued(self) >= before:
+                raise
+            return 0
+
+    def _sendfile_some(self, fd: int, offset: int, count: int) -> int | None:
+        """By reading: sendfile() has no MSG_DONTWAIT, and would have the whole process wait."""
+        data = os.pread(fd, min(PIECE, count), offset)
+        self._send_all(data)
+        return len(data)
+
     def _await_bytes(self) -> None:
-        error = ReceiveTimeoutError()
-        if self._flags:
-            raise self._noted(error, ReceiveTimeoutError)
-        self._wait(gevent.socket.wait_read, socket.SO_RCVTIMEO, error)
+        if self._flags or not self._wait(gevent.socket.wait_read, socket.SO_RCVTIMEO):
+            raise self._noted(BlockingIOError(), ReceiveTimeoutError)
 
-    def _await_room(self) -> None:
-        self._wait(gevent.socket.wait_write, socket.SO_SNDTIMEO, SendTimeoutError())
-
-    def _wait(self, wait: Callable[..., None], limit: int, error: OSError) -> None:
-        """Wait for as long as the dispatcher has told the kernel."""
+    def _wait(self, wait: Callable[..., None], limit: int) -> bool:
+        """Wait for as long as the dispatcher has told the kernel; whether that was enough."""
         limits = self.getsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.size)
         whole, millionths = _TIMEVAL.unpack(limits)
         try:
-            wait(self.fileno(), whole + millionths / 1e6 or None, error)
-        except OSError as raised:
-            raise self._noted(raised, type(error)) from None
+            wait(self.fileno(), whole + millionths / 1e6 or None, TimeoutError())
+        except TimeoutError:
+            return False
+        return True

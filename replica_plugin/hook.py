@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
 
-from . import boot
+from . import boot, stats
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError, Place, Problem
 
@@ -116,6 +116,7 @@ def _when_ready(arbiter: Arbiter) -> None:
 
     assert _loaded is not None
     _master = Master(arbiter, _loaded.settings)
+    stats.share(_master.replica_page)
     _wrap(arbiter, _master)
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 

@@ -89,22 +89,30 @@ class Journal:
     def answered(self, conn: Connection, answer: Answer, now: float) -> None:
         """A request was answered without a slot, or in place of a slot that died."""
         self._access(conn, answer, max(0.0, now - conn.ready_at) if conn.ready_at else 0.0)
+        self._warn(f"{answer.status}: {answer.text}", now)
+
+    def cut_off(self, now: float) -> None:
+        """A client has taken nothing of its response for too long."""
+        self._warn("A client took nothing for send_timeout: cut off", now)
+
+    def _warn(self, text: str, now: float) -> None:
+        """Say it at once, or, if something was said a moment ago, in a while with a count."""
         if self._quiet_until is None:
-            self._logger.warning("%s: %s", answer.status, answer.text)
+            self._logger.warning("%s", text)
             self._quiet_until = now + QUIET
         else:
-            self._held[f"{answer.status}: {answer.text}"] += 1
+            self._held[text] += 1
 
     def stalled(self, pid: int, conn: Connection | None, stall: Stall) -> None:
         """A process in gevent mode has told what keeps its hub."""
         what = "code outside of requests"
         if conn is not None and conn.head is not None:
-            what = f"{conn.head.method.decode()} {conn.head.path.decode()}"
+            what = f"{conn.head.method.decode('latin-1')} {conn.head.path.decode('latin-1')}"
         self._logger.warning(
             "The hub of process %d does not turn, so it is sent nothing: %s keeps it, with %.0f %% "
             "of a CPU, in %s. In gevent mode a request that computes or blocks stops all of its "
             "process: use mode: thread, or fewer threads_per_process and more processes.",
-            pid, what, stall.share * 100, stall.place[:200],
+            pid, what, stall.share * 100, stall.place,
         )  # fmt: skip
 
     def next_deadline(self) -> float:

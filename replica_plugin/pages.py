@@ -25,7 +25,7 @@ _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
-_NUMBERS = struct.Struct("@dQQQQQQQ")  # native: each number is one aligned word
+_NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
 
 
 def create(name: str, size: int) -> int:
@@ -75,7 +75,10 @@ class MasterPage:
 
 
 class Numbers(NamedTuple):
-    """The replica in numbers. `beat` is the monotonic time of the dispatcher's last turn."""
+    """The replica in numbers. `beat` is the monotonic time of the dispatcher's last turn.
+
+    `unsent` are bytes of responses that slots have left to the dispatcher.
+    """
 
     beat: float = 0.0
     was_ready: int = 0
@@ -85,6 +88,7 @@ class Numbers(NamedTuple):
     running: int = 0
     bound: int = 0
     connections: int = 0
+    unsent: int = 0
 
 
 class ReplicaPage:

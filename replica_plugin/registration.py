@@ -20,7 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .channel import WELCOME, Register, pair, receive, send_register
+from .channel import WELCOME, Register, pair, receive_now, send_register
 from .unpatched import poll
 
 OFFER_TIME = 5.0  # seconds without WELCOME after which the process offers itself anew
@@ -82,14 +82,19 @@ class Registration:
             self._offer(now)
 
     def _offer(self, now: float) -> None:
-        ours, theirs = pair()
+        self._offered_at = now
+        try:
+            ours, theirs = pair()
+        except OSError as error:  # the app has all the descriptors; perhaps not in a moment
+            self._log.debug("No channel can be made: %s", error)
+            return
         offer = self._describe(self._was_registered)
         try:
             send_register(self._control, offer, theirs.fileno(), self._cells, self._own_pidfd)
         except OSError as error:
             self._log.debug("No dispatcher takes registrations: %s", error)
         theirs.close()
-        self._offered, self._offered_at = ours, now
+        self._offered = ours
         self._poll.register(ours, select.POLLIN)
 
     def _withdraw(self) -> None:
@@ -101,7 +106,7 @@ class Registration:
     def _on_reply(self, channel: socket.socket) -> None:
         """The dispatcher has taken our offer, or has died with it."""
         try:
-            data, fds = receive(channel, socket.MSG_DONTWAIT)
+            data, fds = receive_now(channel)
         except OSError:
             data, fds = b"", []
         if data != WELCOME or len(fds) != 1:

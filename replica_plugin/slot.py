@@ -33,6 +33,7 @@ from .channel import (
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
 from .pages import Cells
+from .rest import Rest
 
 
 class Process(Worker, Protocol):
@@ -45,6 +46,7 @@ class Process(Worker, Protocol):
     def dismissed(self, channel: ProcessEnd) -> None: ...
     def lost(self, channel: ProcessEnd) -> None: ...
     def offer(self, adopt: Adopt, sock: socket.socket) -> None: ...
+    def room_for_rest(self) -> int: ...
 
 
 class Slot:
@@ -91,7 +93,11 @@ class Slot:
             return
         self._cells.begin(self._index, job.request)
         sock = self._worker.client_socket(
-            _family(job.client), socket.SOCK_STREAM, fds[0], self._on_first_byte
+            _family(job.client),
+            socket.SOCK_STREAM,
+            fds[0],
+            self._on_first_byte,
+            self._worker.room_for_rest,
         )
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
@@ -107,11 +113,24 @@ class Slot:
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
-        if not self._say(channel, report.encode()) and report.end is End.KEEP:
+        if report.rest is not None and not self._leave_rest(channel, report, report.rest):
+            report = _send_rest(report, sock)
+        told = report.rest is not None or self._say(channel, report.encode())
+        if not told and report.end is End.KEEP:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
         sock.close()
+
+    def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:
+        """Report with the rest; False if that is not possible, and nothing was said."""
+        try:
+            channel.tell(report.encode(), rest.fd)
+        except OSError:
+            return False
+        finally:
+            rest.close()
+        return True
 
     def _say(self, channel: ProcessEnd, message: bytes) -> bool:
         """Tell the dispatcher; False if it is dead."""
@@ -121,6 +140,15 @@ class Slot:
             self._worker.lost(channel)
             return False
         return True
+
+
+def _send_rest(report: Report, sock: ClientSocket) -> Report:
+    """Nobody takes the rest: send it here, and report without it."""
+    try:
+        sock.send_left()
+    except OSError:
+        return report._replace(end=End.ABORT, rest=None)
+    return report._replace(rest=None)
 
 
 def _family(client: Address) -> int:

@@ -32,7 +32,8 @@ class Starter:
         env = {**self.environment, **options.pop("env", {})}
         if self._mode != "thread":
             options = {"mode": self._mode, "config": {}, **options}
-        server = Server(folder, *arguments, env=env, **options)
+        kind = options.pop("kind", Server)
+        server = kind(folder, *arguments, env=env, **options)
         self.servers.append(server)
         return server
 

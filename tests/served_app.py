@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -69,7 +70,7 @@ def who(environ, name):
     }
 
 
-def block(environ, start_response, name):
+def freeze(environ, start_response, name):
     """As hold, but gevent's patch does not reach it: it keeps the whole thread."""
     import _socket
 
@@ -92,6 +93,12 @@ def numbers(environ, start_response, rest):
     return as_json(
         start_response, {"high": _high, "pid": os.getpid(), "threads": count, "fds": fds}
     )
+
+
+def blocks(environ, start_response, rest):
+    """How many blocks of memory Python's objects take in this process."""
+    gc.collect()
+    return as_json(start_response, {"pid": os.getpid(), "blocks": sys.getallocatedblocks()})
 
 
 def sleep(environ, start_response, seconds):
@@ -146,6 +153,23 @@ class Stream:
 
     def close(self):
         hold(self._environ, lambda *_: None, f"{self._name}-closing")
+
+
+def large(environ, start_response, rest):
+    """`large/MIB/HOW`: so many MiB, told apart by their place; HOW the app hands them over."""
+    mib, how = rest.split("/")
+    part = b"".join(n.to_bytes(8, "big") for n in range(1 << 17))
+    body = part * int(mib)
+    length = [("Content-Length", str(len(body)))]
+    start_response("200 OK", [] if how in ("list", "chunked") else length)
+    if how in ("one", "list"):
+        return [body]
+    return (body[at : at + 65536] for at in range(0, len(body), 65536))
+
+
+def held_large(environ, start_response, name):
+    hold(environ, lambda *_: None, name)
+    return large(environ, start_response, "8/one")
 
 
 def stream(environ, start_response, count):
@@ -212,7 +236,7 @@ def empty(environ, start_response, rest):
 
 HANDLERS = {
     "begun": begun,
-    "block": block,
+    "blocks": blocks,
     "burn": burn,
     "cancelled": cancelled,
     "close": close,
@@ -223,10 +247,13 @@ HANDLERS = {
     "fail": fail,
     "fail-late": fail_late,
     "file": file,
+    "freeze": freeze,
     "grip": grip,
+    "held-large": held_large,
     "hello": hello,
     "hold": hold,
     "ignore": ignore,
+    "large": large,
     "leave": leave,
     "modules": modules,
     "numbers": numbers,

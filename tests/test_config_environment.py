@@ -93,7 +93,8 @@ def test_problems_of_file_and_environment_are_told_together() -> None:
 def test_problems_of_an_unreadable_file_and_of_the_environment_are_told_together() -> None:
     Path("replica.yaml").mkdir()
     assert refusal({"REPLICA_MODE": "x"}) == (
-        'replica.yaml: must be a regular file\nenvironment: REPLICA_MODE: must be thread or gevent (got "x")'
+        "replica.yaml: must be a regular file\n"
+        'environment: REPLICA_MODE: must be thread or gevent (got "x")'
     )
 
 

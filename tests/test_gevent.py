@@ -158,7 +158,7 @@ def test_a_killed_greenlet_costs_its_request_and_no_slot(start, stage):
 
 def block_one(server: Server, stage: Stage) -> tuple[Client, Actor]:
     """One process does nothing but this request, and the dispatcher knows it."""
-    client = server.connect().ask("/block/x")
+    client = server.connect().ask("/freeze/x")
     actor = stage.next()
     server.wait_log(STALL)
     return client, actor
@@ -182,7 +182,7 @@ def test_a_process_whose_hub_stands_still_is_sent_nothing_until_it_turns_again(s
 
 def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(start, stage):
     server = start(config={**GEVENT, "threads_per_process": 3})
-    clients = [server.connect().ask("/block/x")]
+    clients = [server.connect().ask("/freeze/x")]
     blocked = stage.next()
     for running, name in enumerate("abcde", start=2):
         clients += hold(server, name)
@@ -200,7 +200,7 @@ def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(st
 
 def test_probes_answer_while_every_hub_stands_still_and_the_replica_is_ready(start, stage):
     server = start(config=GEVENT)
-    clients = [server.connect().ask("/block/x") for _ in range(2)]
+    clients = [server.connect().ask("/freeze/x") for _ in range(2)]
     actors = stage.take(2)
     server.wait_log(STALL, count=2)
     assert (server.get("/-/healthz").status, server.get("/-/readyz").status) == (200, 200)
@@ -218,8 +218,8 @@ def test_the_log_says_once_a_process_who_keeps_its_hub_where_and_what_to_do(star
         actor.finish()
         close([client])
     (line,) = (line for line in server.log.splitlines() if "does not turn" in line)
-    assert f"process {actor.pid} does not turn, so it is sent nothing: GET /block/x keeps" in line
-    assert "with 0 % of a CPU" in line and "served_app.py" in line and "(block)" in line
+    assert f"process {actor.pid} does not turn, so it is sent nothing: GET /freeze/x keeps" in line
+    assert "with 0 % of a CPU" in line and "served_app.py" in line and "(freeze)" in line
     assert "use mode: thread, or fewer threads_per_process" in line
 
 
@@ -231,7 +231,7 @@ def test_a_handler_that_keeps_the_gil_is_named_in_the_log_when_it_lets_go(start)
 
 def test_a_process_whose_hub_turns_no_more_is_replaced_after_timeout(start, stage):
     server = start("--timeout", "2", config=GEVENT)
-    client = server.connect().ask("/block/x")
+    client = server.connect().ask("/freeze/x")
     actor = stage.next()
     assert actor.vanished()
     server.wait_log(rf"WORKER TIMEOUT \(pid:{actor.pid}\)")
