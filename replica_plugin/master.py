@@ -34,6 +34,7 @@ from .head import Limits
 from .pages import MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
+from .unpatched import socketpair
 
 STARTER = (
     "import sys, json; inherited = json.loads(sys.argv[1]); "
@@ -172,7 +173,7 @@ class Master:
 
 
 def _control_pair() -> tuple[socket.socket, socket.socket]:
-    reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reading, writing = socketpair(socket.SOCK_SEQPACKET)
     writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return reading, writing
 

@@ -15,6 +15,7 @@ import json
 import mmap
 import os
 import struct
+import time
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -23,6 +24,7 @@ _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follow
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
+STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
 _NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
 
 
@@ -114,11 +116,12 @@ class ReplicaPage:
 class Cells:
     """One cell a slot, written by that slot only: the request it has, and how far it is.
 
-    A cell is one aligned 64-bit word, so a process that dies leaves each either old or new.
+    In gevent mode one more says when the hub turned last. A cell is one aligned 64-bit word, so a
+    process that dies leaves each either old or new.
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        size = max(1, slots) * 8
+        size = (slots + 1) * 8
         self.fd = create("cells", size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, size)
         self._words = memoryview(self._memory).cast("Q")
@@ -142,4 +145,13 @@ class Cells:
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 1: bool(word & 1) for word in self._words if word}
+        return {word >> 1: bool(word & 1) for word in self._words[:-1] if word}
+
+    def turn(self) -> None:
+        """The hub turns."""
+        self._words[-1] = time.monotonic_ns()
+
+    def has_stalled(self, now: float) -> bool:
+        """Whether there is a hub, and it has not turned for STALL."""
+        turned: int = self._words[-1]
+        return turned > 0 and now - turned / 1e9 > STALL

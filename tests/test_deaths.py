@@ -7,8 +7,10 @@ import os
 import signal
 
 import pytest
-from server import BOTH, Client, Load, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Client, Load, Server, wait_for
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}

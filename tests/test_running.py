@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
-from server import BOTH, STOCK, Client, Server
+from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 ROUNDS = 20
 
