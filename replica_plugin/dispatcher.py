@@ -29,6 +29,7 @@ from .channel import Adopt, Job, Kind, Report
 from .clients import Clients
 from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
+from .guard import Guard
 from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
@@ -68,6 +69,7 @@ class Dispatcher:
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stop: Stop | None = None
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
+        self._guard = Guard(self._epoll, frame.master_pid)
         self._ended = False
         self._decisions.was_ready = self._heritage.was_ready
         for age, slots, _ in self._heritage.rows():
@@ -86,6 +88,7 @@ class Dispatcher:
             self._on_events(events, now)
             self._tick(due <= now, now)
             self._frame.replica_page.write(self._numbers(now))
+        self._frame.replica_page.write(self._numbers(math.inf))
 
     def _on_events(self, events: Iterable[tuple[int, int]], now: float) -> None:
         others = []
@@ -103,6 +106,9 @@ class Dispatcher:
                 self._on_nudge(now)
             elif fd == self._frame.master_pidfd:
                 self._on_master_death(now)
+            elif fd in self._guard:
+                self._guard.died()
+                self._tell_unguarded()
             elif fd in self._heritage:
                 age = self._heritage.died(fd)
                 self._perform(self._decisions.died(age, (), now), now)
@@ -269,8 +275,18 @@ class Dispatcher:
         self._wishes = wishes
         self._clients.serve(wishes.serving)
         self._perform(self._decisions.ruled(wishes.rules, wishes.live, now), now)
+        if wishes.supervisor and not self._guard.told(wishes.supervisor):
+            self._tell_unguarded()
         if wishes.stop is not None and wishes.stop != self._stop:
             self._begin_stop(wishes.stop, now)
+
+    def _tell_unguarded(self) -> None:
+        if self._stop is None:
+            self._journal.error(
+                "The supervisor (pid %d) is gone: the replica serves on, but a dispatcher that "
+                "dies or hangs is not replaced until a HUP or a new process brings a supervisor",
+                self._guard.pid,
+            )
 
     def _on_master_death(self, now: float) -> None:
         """Without a master nothing is restarted: finish what is in flight, and end."""

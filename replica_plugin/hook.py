@@ -8,6 +8,10 @@ user's file defines, above our line or below.
 
     configuration read -> nworkers_changed -> listeners -> check_config -> when_ready -> fork
     reload: configuration read -> setup (wrapped, master.py) -> on_reload -> fork
+
+gunicorn's `reload` (since 27) waits at its end for the old processes, up to graceful_timeout,
+and sees no signal meanwhile. Ours leave later than that, when their successors are ready; so
+within `reload` graceful_timeout is 0, but for the processes that it forks.
 """
 
 from __future__ import annotations
@@ -112,9 +116,18 @@ def _when_ready(arbiter: Arbiter) -> None:
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
+def _on_reload(arbiter: Arbiter) -> None:
+    arbiter.cfg.set("graceful_timeout", 0)
+
+
+def _post_fork(arbiter: Arbiter, worker: Any) -> None:
+    if _master is not None:
+        _master.restore_timeout()
+
+
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
-        _master.tell(worker.age)
+        _master.before_fork(worker.age)
 
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -136,7 +149,9 @@ def _on_exit(arbiter: Arbiter) -> None:
 _HOOKS: dict[str, Callable[..., None]] = {
     "nworkers_changed": nworkers_changed,
     "when_ready": _when_ready,
+    "on_reload": _on_reload,
     "pre_fork": _pre_fork,
+    "post_fork": _post_fork,
     "child_exit": _child_exit,
     "worker_exit": _worker_exit,
     "on_exit": _on_exit,
@@ -168,8 +183,9 @@ def _quiet_control_socket(cfg: Config) -> None:
 
 
 def _wrap(arbiter: Arbiter, ours: Master) -> None:
-    """Have three of the arbiter's methods do our part, too."""
+    """Have some of the arbiter's methods do our part, too."""
     stop, setup, handle_usr1 = arbiter.stop, arbiter.setup, arbiter.handle_usr1
+    reload = arbiter.reload
 
     def wrapped_stop(graceful: bool = True) -> None:
         ours.stop(graceful)
@@ -180,11 +196,17 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         setup(app)
         _after_reload(arbiter, ours)
 
+    def wrapped_reload() -> None:
+        reload()
+        ours.restore_timeout()
+
     def wrapped_usr1() -> None:
         handle_usr1()
         ours.reopen_logs()
 
-    vars(arbiter).update(stop=wrapped_stop, setup=wrapped_setup, handle_usr1=wrapped_usr1)
+    vars(arbiter).update(
+        stop=wrapped_stop, setup=wrapped_setup, reload=wrapped_reload, handle_usr1=wrapped_usr1
+    )
 
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:

@@ -4,10 +4,10 @@ The master runs no code of ours but these hooks, each of which writes what is wa
 the master's page and nudges whoever reads it. Nothing is sent that could be lost: a helper
 that was not there reads the page when it comes.
 
-gunicorn's arbiter is touched here and nowhere else. Three of its methods are wrapped on
-the instance, since no hook says what they do: `stop` (a stop is told, never inferred from
-a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
-again) and `handle_usr1` (logs are reopened).
+gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods are
+wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
+from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
+again), `reload` (see hook.py) and `handle_usr1` (logs are reopened).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,7 @@ class Arbiter(Protocol):
 
     def stop(self, graceful: bool = True) -> None: ...
     def setup(self, app: Any) -> None: ...
+    def reload(self) -> None: ...
     def handle_usr1(self) -> None: ...
 
 
@@ -76,13 +78,30 @@ class Master:
         self._told = 0
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self._nudges = (os.eventfd(0, flags), os.eventfd(0, flags))
+        self._supervisor = 0
+        self._supervisor_pidfd = -1
         self.adopt(settings)
-        self._supervisor = self._start_supervisor()
+        self._start_supervisor()
 
     def adopt(self, settings: Settings) -> None:
         """Take over settings, at the start and with each reload."""
         self.settings = settings
+        self._graceful_timeout: int = self._arbiter.cfg.graceful_timeout
         self.tell()
+
+    def before_fork(self, age: int) -> None:
+        """A process of this age is about to be born: the moment to see that all are there."""
+        if _is_dead(self._supervisor_pidfd):
+            self._arbiter.log.error(
+                "The supervisor (pid %d) is gone: starting another", self._supervisor
+            )
+            os.close(self._supervisor_pidfd)
+            self._start_supervisor()
+        self.tell(age)
+
+    def restore_timeout(self) -> None:
+        """graceful_timeout is again what the user wants; see hook.py."""
+        self._arbiter.cfg.set("graceful_timeout", self._graceful_timeout)
 
     def tell(self, *forking: int) -> None:
         """Write what is wanted now, and wake its readers. `forking` are ages about to be born.
@@ -110,9 +129,10 @@ class Master:
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
-            graceful_timeout=cfg.graceful_timeout,
+            graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
+            supervisor=self._supervisor,
             stop=self._stop,
             reopen=self._reopen,
         )
@@ -120,7 +140,7 @@ class Master:
     def stop(self, graceful: bool) -> None:
         """A stop begins. A quick one after a graceful one takes over, not the other way round."""
         if self._stop is None or (self._stop.graceful and not graceful):
-            self._stop = Stop(graceful, time.monotonic() + self._arbiter.cfg.graceful_timeout)
+            self._stop = Stop(graceful, time.monotonic() + self._graceful_timeout)
         self.tell()
 
     def end(self) -> None:
@@ -128,10 +148,17 @@ class Master:
         now = time.monotonic()
         self._stop = replace(self._stop, deadline=now) if self._stop else Stop(False, now)
         self.tell()
-        pidfd = self._supervisor_pidfd
-        if not select.select([pidfd], [], [], LEAVE_TIME)[0]:
-            self._arbiter.log.warning("The supervisor has not ended in time: killing it")
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        end = now + LEAVE_TIME
+        self._await_end("supervisor", self._supervisor_pidfd, end)
+        living = self.replica_page.find_living()
+        if living:
+            self._await_end("dispatcher", living[1], end)
+
+    def _await_end(self, name: str, pidfd: int, end: float) -> None:
+        if not _is_dead(pidfd, max(0.0, end - time.monotonic())):
+            self._arbiter.log.warning("The %s has not ended in time: killing it", name)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def reopen_logs(self) -> None:
         self._reopen += 1
@@ -147,7 +174,7 @@ class Master:
         """Where a process registers."""
         return self._control_out
 
-    def _start_supervisor(self) -> subprocess.Popen[bytes]:
+    def _start_supervisor(self) -> None:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""
         own = os.pidfd_open(os.getpid())
         inheritance = Inheritance(
@@ -167,8 +194,13 @@ class Master:
             start_new_session=True,
         )
         os.close(own)
-        self._supervisor_pidfd = os.pidfd_open(process.pid)
-        return process
+        self._supervisor, self._supervisor_pidfd = process.pid, os.pidfd_open(process.pid)
+        process.returncode = 0  # gunicorn reaps it, and its pid may come back as a worker's
+        self.tell()
+
+
+def _is_dead(pidfd: int, patience: float = 0.0) -> bool:
+    return bool(select.select([pidfd], [], [], patience)[0])
 
 
 def _control_pair() -> tuple[socket.socket, socket.socket]:

@@ -11,12 +11,14 @@ knew is still there. A page is an anonymous file (memfd), passed on as a descrip
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
 import struct
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follows
@@ -24,6 +26,7 @@ _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 _NUMBERS = struct.Struct("@dQQQQQQQ")  # native: each number is one aligned word
+_LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
 
 def create(name: str, size: int) -> int:
@@ -73,7 +76,10 @@ class MasterPage:
 
 
 class Numbers(NamedTuple):
-    """The replica in numbers. `beat` is the monotonic time of the dispatcher's last turn."""
+    """The replica in numbers.
+
+    `beat` is the monotonic time of the dispatcher's last turn; infinity once it has ended well.
+    """
 
     beat: float = 0.0
     was_ready: int = 0
@@ -86,12 +92,42 @@ class Numbers(NamedTuple):
 
 
 class ReplicaPage:
-    """What the dispatcher knows. Written by the dispatcher that lives; read by its successor."""
+    """What the dispatcher knows. Written by the dispatcher that lives; read by its successor.
+
+    Which one lives is the kernel's knowledge: it holds a lock on the page, from its birth to
+    its death. So there are never two, and a pid that came back is not taken for it.
+    """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = create("numbers", _REPLICA_SIZE) if fd is None else fd
         self._memory = mmap.mmap(self.fd, _REPLICA_SIZE)
         self._table = _Blob(self._memory, _TABLE_OFFSET)
+
+    def claim(self) -> bool:
+        """Become the one that lives; False if another does.
+
+        The lock ends with the process, or when it closes any descriptor of the page.
+        """
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def find_living(self) -> tuple[int, int] | None:
+        """Pid and pidfd of the dispatcher that lives, unless that is the caller."""
+        while pid := self._holder():
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                if self._holder() == pid:  # so it is this process, which the pidfd now keeps apart
+                    return pid, pidfd
+                os.close(pidfd)
+        return None
+
+    def _holder(self) -> int:
+        ask = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_, pid = _LOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_GETLK, ask))
+        return 0 if kind == fcntl.F_UNLCK else int(pid)
 
     def write(self, numbers: Numbers) -> None:
         _NUMBERS.pack_into(self._memory, 0, *numbers)

@@ -46,8 +46,9 @@ class Privileges:
 class Wishes:
     """Everything the master's page says.
 
-    `live` are the ages of the processes that the master has forked. `reopen` counts the
-    requests to reopen the logs. `logging` are gunicorn's own settings of that name.
+    `live` are the ages of the processes that the master has forked. `supervisor` is the pid of
+    the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
+    gunicorn's own settings of that name.
     """
 
     rules: Rules
@@ -56,6 +57,7 @@ class Wishes:
     graceful_timeout: float
     privileges: Privileges
     logging: dict[str, Any]
+    supervisor: int = 0
     stop: Stop | None = None
     reopen: int = 0
 
@@ -82,6 +84,7 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
         graceful_timeout=state["graceful_timeout"],
         privileges=Privileges(**state["privileges"]),
         logging=state["logging"],
+        supervisor=state["supervisor"],
         stop=Stop(**stop) if stop else None,
         reopen=state["reopen"],
     )

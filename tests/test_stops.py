@@ -81,6 +81,20 @@ def test_quit_hurries_a_stop_that_waits(start, stage):
     assert actor.vanished()
 
 
+def test_quit_ends_at_once_during_a_reload_whose_old_processes_are_busy(start, stage):
+    server = start("--graceful-timeout", "600", config=TWO)
+    clients = [server.connect().ask("/hold/x") for _ in range(4)]
+    actors = stage.take(4)
+    old = server.workers
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: len(server.workers) == 4, "the successors")
+    assert server.stop(signal.SIGQUIT) == 0
+    assert [actor.vanished() for actor in actors] == [True] * 4
+    assert {actor.pid for actor in actors} == set(old)
+    for client in clients:
+        client.close()
+
+
 def test_what_still_waits_when_graceful_timeout_ends_is_told_so(start, stage, which):
     server = start("--graceful-timeout", "2", config=TWO, bind=BOTH)
     clients = [server.connect(which).ask("/hold/x") for _ in range(6)]
