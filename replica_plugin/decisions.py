@@ -117,6 +117,7 @@ class Decisions:
         self.waiting: OrderedDict[int, float] = OrderedDict()
         self.processes: dict[int, Process] = {}
         self.live: frozenset[int] = frozenset()
+        self.failed = 0
         self.running = 0
         self.stopping = False
         self.drained = False
@@ -144,6 +145,13 @@ class Decisions:
     def booting(self) -> bool:
         """Whether the master has a process that has not registered with us yet."""
         return bool(self.live - {each.age for each in self.processes.values() if each.registered})
+
+    @property
+    def cannot_load(self) -> bool:
+        """Whether the newest process that has tried to load the app could not."""
+        return self.failed > max(
+            (p.age for p in self.processes.values() if p.registered), default=0
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -248,10 +256,15 @@ class Decisions:
 
     # Events from the master, and from the clock.
 
-    def ruled(self, rules: Rules, live: Iterable[int], now: float) -> list[Action]:
-        """The master's word: the rules, and the ages of the processes it has forked."""
+    def ruled(self, rules: Rules, live: Iterable[int], now: float, failed: int = 0) -> list[Action]:
+        """The master's word: the rules, and the ages of the processes it has forked.
+
+        `failed` is the age of the newest one that could not load the app; it is known by the time
+        that one is not among the living any more.
+        """
         self.rules = rules
         self.live = frozenset(live)
+        self.failed = failed
         return self._changed() + self._start(now)
 
     def stop(self) -> None:
@@ -332,7 +345,8 @@ class Decisions:
         """Whether a process that is told to leave can be spared.
 
         Either p newer ones are ready; or no successor is loading, since gunicorn will fork
-        one only when this process has gone, and then one process leaves at a time.
+        one only when this process has gone, and then one process leaves at a time. But not
+        while that one would not be able to load the app.
         """
         if self.stopping:
             return self.drained
@@ -340,7 +354,7 @@ class Decisions:
         wanted = self.rules.processes
         if sum(each.age > process.age for each in present) >= wanted:
             return True
-        return not self.booting and len(present) >= wanted
+        return not (self.booting or self.cannot_load) and len(present) >= wanted
 
     def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
         """Put requests that were sent back where their numbers belong, near the head."""

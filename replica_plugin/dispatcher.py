@@ -33,8 +33,9 @@ from .guard import Guard
 from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
-from .pages import MasterPage, Numbers, ReplicaPage
+from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
+from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
@@ -48,6 +49,7 @@ class Frame:
     control: socket.socket
     master_page: MasterPage
     replica_page: ReplicaPage
+    load_page: LoadPage
     nudge: int  # eventfd, written by the master after its page
     master_pidfd: int
     master_pid: int
@@ -70,6 +72,7 @@ class Dispatcher:
         self._stop: Stop | None = None
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
+        self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._ended = False
         self._decisions.was_ready = self._heritage.was_ready
         for age, slots, _ in self._heritage.rows():
@@ -87,6 +90,7 @@ class Dispatcher:
             now = time.monotonic()
             self._on_events(events, now)
             self._tick(due <= now, now)
+            self._ready_file.show(self._wishes.ready_file, self._decisions.is_ready, now)
             self._frame.replica_page.write(self._numbers(now))
         self._frame.replica_page.write(self._numbers(math.inf))
 
@@ -274,7 +278,8 @@ class Dispatcher:
             self._journal.setup(wishes.logging)
         self._wishes = wishes
         self._clients.serve(wishes.serving)
-        self._perform(self._decisions.ruled(wishes.rules, wishes.live, now), now)
+        failed = self._frame.load_page.failed  # read after the master's page
+        self._perform(self._decisions.ruled(wishes.rules, wishes.live, now, failed), now)
         if wishes.supervisor and not self._guard.told(wishes.supervisor):
             self._tell_unguarded()
         if wishes.stop is not None and wishes.stop != self._stop:

@@ -16,6 +16,7 @@ within `reload` graceful_timeout is 0, but for the processes that it forks.
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -45,7 +46,9 @@ def gunicorn_settings() -> dict[str, Any]:
     what held before goes on to hold.
     """
     settings = _load().settings
+    preload = {"preload_app": True} if settings.preload else {}
     return {
+        **preload,
         "workers": settings.processes_per_replica,
         "threads": settings.threads_per_process,
         "worker_class": boot.worker_class(),
@@ -111,6 +114,9 @@ def _when_ready(arbiter: Arbiter) -> None:
     global _master
 
     assert _loaded is not None
+    if arbiter.cfg.preload_app:
+        gc.collect()
+        gc.freeze()  # else the collector would write to, and so copy, what processes share
     _master = Master(arbiter, _loaded.settings)
     _wrap(arbiter, _master)
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
@@ -211,7 +217,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
     """Undo what a reload cannot change, and add our hooks to the new configuration."""
-    for name in ("bind", "worker_class"):
+    for name in ("bind", "worker_class", "preload_app"):
         before = arbiter.cfg.settings[name].get()
         if cfg.settings[name].get() != before:
             arbiter.log.error("%s has changed, which needs a restart; it stays %s", name, before)
@@ -226,6 +232,11 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
     _tell_overrides(arbiter.cfg, arbiter.log)
+    if arbiter.cfg.preload_app:
+        arbiter.log.warning(
+            "preload: the new processes have the app as the master loaded it at the start; for "
+            "changed code restart gunicorn, or use USR2"
+        )
     ours.adopt(_loaded.settings)
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 

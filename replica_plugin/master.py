@@ -28,11 +28,11 @@ from typing import Any, Protocol
 import gunicorn
 from gunicorn.config import Config
 
-from . import journal
+from . import journal, ready_file
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
-from .pages import MasterPage, ReplicaPage
+from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
 
@@ -56,6 +56,7 @@ class Arbiter(Protocol):
     log: Any
     pid: int
     num_workers: int
+    master_pid: int
     WORKERS: dict[int, Any]
     LISTENERS: list[Any]
 
@@ -71,6 +72,7 @@ class Master:
     def __init__(self, arbiter: Arbiter, settings: Settings) -> None:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
+        self.load_page = LoadPage()
         self.control, self._control_out = _control_pair()
         self._arbiter = arbiter
         self._stop: Stop | None = None
@@ -81,6 +83,9 @@ class Master:
         self._supervisor = 0
         self._supervisor_pidfd = -1
         self.adopt(settings)
+        if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
+            with suppress(OSError):
+                ready_file.remove(settings.ready_file)
         self._start_supervisor()
 
     def adopt(self, settings: Settings) -> None:
@@ -133,6 +138,7 @@ class Master:
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
             supervisor=self._supervisor,
+            ready_file=self.settings.ready_file and os.path.abspath(self.settings.ready_file),
             stop=self._stop,
             reopen=self._reopen,
         )
@@ -182,6 +188,7 @@ class Master:
             self.control.fileno(),
             self.page.fd,
             self.replica_page.fd,
+            self.load_page.fd,
             *self._nudges,
             own,
             os.getpid(),

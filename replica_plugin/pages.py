@@ -3,6 +3,7 @@
     page          writer      readers
     MasterPage    master      supervisor, dispatcher: the settings, and what the master wants
     ReplicaPage   dispatcher  supervisor, its own successor, anyone who asks for numbers
+    LoadPage      processes   themselves, dispatcher: how loading the app went
     Cells         process     dispatcher: one cell a slot, what it does with which request
 
 Each page has one writer at a time and outlives it, which is the point: what a dead process
@@ -17,14 +18,16 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple
 
 _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follows
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
+_LOAD_SIZE = 1 << 14
+_LOADED_OFFSET = 16
 _NUMBERS = struct.Struct("@dQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
@@ -141,6 +144,59 @@ class ReplicaPage:
 
     def read_table(self) -> list[tuple[int, int, int]]:
         return [(age, slots, pid) for age, slots, pid in self._table.read() or []]
+
+
+class LoadPage:
+    """How loading the app went. Written by the processes that load it, one at a time.
+
+    Both locks end with the process that holds them.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = create("load", _LOAD_SIZE) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, _LOAD_SIZE)
+        self._words = memoryview(self._memory).cast("Q")
+        self._loaded = _Blob(self._memory, _LOADED_OFFSET)
+
+    @property
+    def failed(self) -> int:
+        """The age of the newest process that could not load the app; 0 if each could."""
+        return self._words[0]
+
+    @property
+    def failures(self) -> int:
+        """How many in a row could not."""
+        return self._words[1]
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The turn to load the app; waits until nobody else has it."""
+        return self._locked(0)
+
+    def loaded(self, live: Iterable[int]) -> set[int]:
+        """The ages of the processes, of these, that have the app loaded."""
+        with self._locked(1):
+            return self._read_loaded() & set(live)
+
+    def note_loaded(self, age: int, live: Iterable[int]) -> None:
+        with self._locked(1):
+            self._loaded.write(sorted(self._read_loaded() & set(live) | {age}))
+            self._words[1] = 0
+
+    def note_failure(self, age: int) -> None:
+        with self._locked(1):
+            self._words[0] = max(self._words[0], age)
+            self._words[1] += 1
+
+    def _read_loaded(self) -> set[int]:
+        return set(self._loaded.read() or ())
+
+    @contextmanager
+    def _locked(self, which: int) -> Iterator[None]:
+        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, which)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, which)
 
 
 class Cells:

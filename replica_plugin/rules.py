@@ -58,6 +58,7 @@ class Wishes:
     privileges: Privileges
     logging: dict[str, Any]
     supervisor: int = 0
+    ready_file: str | None = None
     stop: Stop | None = None
     reopen: int = 0
 
@@ -85,6 +86,7 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
         privileges=Privileges(**state["privileges"]),
         logging=state["logging"],
         supervisor=state["supervisor"],
+        ready_file=state["ready_file"],
         stop=Stop(**stop) if stop else None,
         reopen=state["reopen"],
     )

@@ -19,7 +19,7 @@ KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "su
 DISPATCHER = {
     "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
     "dispatcher", "guard", "head", "heritage", "journal", "listeners", "pages", "processes", "rate",
-    "rules", "supervisor",
+    "ready_file", "rules", "supervisor",
 }  # fmt: skip
 """What runs in the process without user code."""
 

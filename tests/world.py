@@ -67,6 +67,7 @@ class World:
         self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
         self._ages = 0
         self._numbers = 0
+        self.failed = 0  # the newest age that could not load the app
         self._reloading = 0  # the newest age of before, while a reload waits for those to go
         self.reads_at_once = True
         self.write()
@@ -127,6 +128,12 @@ class World:
         """TERM, or max_requests: it wants to leave; while it still loads it just ends."""
         worker.told = True
         if worker.booting:
+            self.die(worker)
+
+    def fail(self, worker: Worker) -> None:
+        """It cannot load the app, says so, and ends."""
+        if worker.booting:
+            self.failed = max(self.failed, worker.age)
             self.die(worker)
 
     def reap(self, worker: Worker) -> None:
@@ -264,7 +271,7 @@ class World:
     def read(self) -> None:
         """Look at the master's page."""
         rules, live, stopped = self.page
-        self.tell("ruled", rules, live, self.now)
+        self.tell("ruled", rules, live, self.now, self.failed)
         if stopped and not self.decisions.stopping:
             self.tell("stop")
 
