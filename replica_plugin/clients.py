@@ -42,7 +42,6 @@ GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
 QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
 LINGER = 2.0  # seconds a client that has been answered may take to stop sending
-LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
 DRAINS = 64  # reads of what a lingering client sends, before others have their turn
 
 
@@ -68,7 +67,7 @@ class Clients:
         self._arrivals = Arrivals(serving)
         self._stopping = False
         self._last_call_at = math.inf
-        self._called = False  # the last call is over
+        self.called = False  # the last call is over
         self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
         self._heads: Deadlines[Connection] = Deadlines(None)
         self._bodies: Deadlines[Connection] = Deadlines(None)
@@ -220,7 +219,7 @@ class Clients:
 
     def _go_on(self, conn: Connection, now: float) -> None:
         """The connection is between two requests; the next may be there already."""
-        if self._called:
+        if self.called and not (conn.ahead or conn.unread()):
             self.linger(conn, now)
             return
         conn.looked_at = 0.0
@@ -311,22 +310,39 @@ class Clients:
 
     # Stopping.
 
-    def stop(self, now: float) -> None:
-        """Take what the backlog holds, listen no more, and give idle connections a last call."""
+    def stop(self, now: float, until: float, shared: bool) -> None:
+        """Listen no more; until then, who has connected, or is about to, may send a request.
+
+        Listeners that others have as well are closed at once: what connects later is theirs.
+        """
+        self._stopping = True
+        self._last_call_at = until
+        if shared:
+            self._close_listeners(now)
+        else:
+            self.listeners.refuse()
+
+    def _close_listeners(self, now: float) -> None:
+        """Take what the backlog holds before."""
         for fd in self.listeners.fds():
             while self.on_listener(fd, now):
                 pass
         self.listeners.close()
-        self._stopping = True
-        self._last_call_at = now + LAST_CALL
 
-    def _last_call(self) -> None:
+    def _last_call(self, now: float) -> None:
         """Close connections on which nothing has come; from now on no other is kept."""
-        self._called = True
+        self._close_listeners(now)
+        self.called = True
         self._last_call_at = math.inf
         for conn in list(self.connections.values()):
-            if conn.state is State.ARRIVING and not conn.arrived:
+            if conn.state is State.ARRIVING and not (conn.arrived or conn.unread()):
                 self.close(conn)
+
+    def give_up(self, answer: Answer, now: float) -> None:
+        """Answer requests of which a part has come."""
+        for conn in list(self.connections.values()):
+            if conn.state is State.ARRIVING and conn.arrived:
+                self.answer(conn, answer, now)
 
     def pending(self) -> Iterator[Connection]:
         """Connections whose request is still to be answered."""
@@ -367,7 +383,7 @@ class Clients:
             self.close(conn)
         self.listeners.tick(now)
         if self._last_call_at <= now:
-            self._last_call()
+            self._last_call(now)
 
     def _on_answered(self, conn: Connection, now: float) -> None:
         """One answer a turn: many requests sent at once neither nest nor keep us from others."""

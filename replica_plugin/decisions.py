@@ -121,6 +121,7 @@ class Decisions:
         self.running = 0
         self.stopping = False
         self.drained = False
+        self.given_up = False
         self.was_ready = False
         self._usable: list[Process] = []
         self._starts = 0
@@ -177,6 +178,8 @@ class Decisions:
 
     def ready(self, request: int, now: float) -> list[Action]:
         """A request has arrived whole. Admit or refuse it; start it if a slot is free."""
+        if self.given_up:
+            return [Refuse(request, Why.STOPPING)]
         if self.in_flight >= self.rules.bound:
             return [Refuse(request, Why.FULL)]
         self.waiting[request] = now
@@ -284,7 +287,8 @@ class Decisions:
         return refused + self._start(now)
 
     def give_up(self) -> list[Action]:
-        """The stop is about to end: refuse everything that still waits."""
+        """The stop is about to end: refuse everything that still waits, and that comes."""
+        self.given_up = True
         refused: list[Action] = [Refuse(request, Why.STOPPING) for request in self.waiting]
         self.waiting.clear()
         return refused

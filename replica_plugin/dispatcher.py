@@ -4,8 +4,9 @@
 
 It runs no user code, and joins three parts that do not know each other: clients (sockets
 and bytes), decisions (plain values) and processes (channels). Each turn of its loop takes
-events of clients first, so that a client that has left is not run; then those of processes
-and listeners; then what is due.
+first what the master wants, so that a stop comes before requests that came after it; then events
+of clients, so that one that has left is not run; then those of processes and listeners; then
+what is due.
 
 It reads the master's page when nudged and once a second, tells the replica's page that it
 lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
@@ -20,7 +21,6 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -39,6 +39,8 @@ from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
+LAST_CALL = 1.0  # seconds that a client has to send a request after a stop began
+OVERTIME = 0.25  # seconds after graceful_timeout at which a stop ends, whatever is left to do
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ class Dispatcher:
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stop: Stop | None = None
+        self._given_up = 0  # turns
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
@@ -90,11 +93,14 @@ class Dispatcher:
             now = time.monotonic()
             self._on_events(events, now)
             self._tick(due <= now, now)
-            self._ready_file.show(self._wishes.ready_file, self._decisions.is_ready, now)
+            self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
             self._frame.replica_page.write(self._numbers(now))
         self._frame.replica_page.write(self._numbers(math.inf))
 
-    def _on_events(self, events: Iterable[tuple[int, int]], now: float) -> None:
+    def _on_events(self, events: list[tuple[int, int]], now: float) -> None:
+        nudge = self._frame.nudge
+        if any(fd == nudge for fd, _ in events):
+            self._on_nudge(now)
         others = []
         connections = self._clients.connections
         for fd, mask in events:
@@ -106,8 +112,6 @@ class Dispatcher:
         for fd, mask in others:
             if fd in self._clients.listeners:
                 self._clients.on_listener(fd, now)
-            elif fd == self._frame.nudge:
-                self._on_nudge(now)
             elif fd == self._frame.master_pidfd:
                 self._on_master_death(now)
             elif fd in self._guard:
@@ -162,9 +166,13 @@ class Dispatcher:
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
         self._journal.answered(conn, answer, now)
 
+    @property
+    def _is_ready(self) -> bool:
+        return self._decisions.is_ready and not self._wishes.draining
+
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
-            return answers.probe(self._decisions.is_ready, "ready", "not ready")
+            return answers.probe(self._is_ready, "ready", "not ready")
         healthy = self._decisions.is_healthy
         return answers.probe(healthy, "healthy", "no process is usable or booting")
 
@@ -200,10 +208,11 @@ class Dispatcher:
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()
         process = self._decisions.processes.get(link.age)
-        unread = set(process.requests) - begun.keys() if process else set()
+        ours = process.requests.keys() & self._requests.keys() if process else set()
+        unread = ours - begun.keys()
         for action in self._decisions.died(link.age, unread, now):
             if isinstance(action, Lost):
-                self._on_lost(action.request, begun[action.request], now)
+                self._on_lost(action.request, begun.get(action.request, False), now)
             else:
                 self._perform([action], now)
         for request in unread & self._decisions.waiting.keys():
@@ -211,7 +220,9 @@ class Dispatcher:
         self._write_table()
 
     def _on_lost(self, request: int, answering: bool, now: float) -> None:
-        conn = self._requests.pop(request)
+        conn = self._requests.pop(request, None)
+        if conn is None:  # answered already, in place of the slot
+            return
         if answering:
             self._clients.close(conn)
         else:
@@ -305,27 +316,57 @@ class Dispatcher:
     def _begin_stop(self, stop: Stop, now: float) -> None:
         if self._stop is None:
             self._decisions.stop()
-            self._clients.stop(now)
+            last_call = min(LAST_CALL, self._wishes.graceful_timeout / 2)
+            self._clients.stop(now, now + last_call, self._wishes.shared)
         self._stop = stop
         if not stop.graceful:
             self._ended = True
 
     def _give_up_at(self, stop: Stop) -> float:
-        """When what still waits is refused: a second before the end, or a quarter if less."""
+        """When the rest is told that it is too late: a second before the end, or a quarter."""
         return stop.deadline - min(1.0, self._wishes.graceful_timeout / 4)
 
     def _next_of_stop(self) -> float:
-        if self._stop is None or not self._decisions.waiting:
+        if self._stop is None:
             return math.inf
-        return self._give_up_at(self._stop)
+        if self._given_up < 2:
+            return self._give_up_at(self._stop)
+        return self._stop.deadline + OVERTIME
 
     def _go_on_stopping(self, stop: Stop, now: float) -> None:
-        if now >= self._give_up_at(stop):
-            self._perform(self._decisions.give_up(), now)
-        if not self._decisions.drained and not any(self._clients.pending()):
+        if now >= self._give_up_at(stop) or self._is_alone:
+            self._give_up(now)
+        if self._clients.called and not (self._decisions.drained or any(self._clients.pending())):
             self._perform(self._decisions.drain(), now)
-        gone = not self._clients.connections and not self._processes.links
-        self._ended = self._ended or (gone and self._decisions.drained) or now > stop.deadline + 1
+        gone = self._decisions.drained and not self._clients.connections
+        late = now >= stop.deadline + OVERTIME
+        self._ended = self._ended or late or (gone and not self._processes.links)
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no process is left that could run anything."""
+        return not (self._wishes.live or self._processes.links)
+
+    def _give_up(self, now: float) -> None:
+        """Answer what waits, what has come in part, and what runs and has sent nothing.
+
+        The last in two turns: in the first its slots lose the right to begin a response.
+        """
+        self._given_up += 1
+        self._perform(self._decisions.give_up(), now)
+        self._clients.give_up(answers.OUT_OF_TIME, now)
+        for link in self._processes.links.values():
+            if link.silenced:
+                self._answer_for(link, now)
+            link.silenced = True
+            link.cells.silence()
+
+    def _answer_for(self, link: Link, now: float) -> None:
+        begun = link.cells.begun()
+        for request in self._decisions.processes[link.age].requests:
+            conn = None if begun.get(request) else self._requests.pop(request, None)
+            if conn is not None:
+                self._clients.answer(conn, answers.OUT_OF_TIME, now)
 
     def _write_table(self) -> None:
         rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -191,11 +192,21 @@ def _quiet_control_socket(cfg: Config) -> None:
 def _wrap(arbiter: Arbiter, ours: Master) -> None:
     """Have some of the arbiter's methods do our part, too."""
     stop, setup, handle_usr1 = arbiter.stop, arbiter.setup, arbiter.handle_usr1
-    reload = arbiter.reload
+    reload, reexec, kill_workers = arbiter.reload, arbiter.reexec, arbiter.kill_workers
 
     def wrapped_stop(graceful: bool = True) -> None:
+        graceful = graceful and ours.drain()
         ours.stop(graceful)
         stop(graceful)
+
+    def wrapped_kill_workers(number: int) -> None:
+        if number == signal.SIGQUIT:
+            ours.stop(False)
+        kill_workers(number)
+
+    def wrapped_reexec() -> None:
+        reexec()
+        ours.tell()
 
     def wrapped_setup(app: Any) -> None:
         _before_reload(arbiter, app.cfg)
@@ -211,7 +222,12 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         ours.reopen_logs()
 
     vars(arbiter).update(
-        stop=wrapped_stop, setup=wrapped_setup, reload=wrapped_reload, handle_usr1=wrapped_usr1
+        stop=wrapped_stop,
+        kill_workers=wrapped_kill_workers,
+        setup=wrapped_setup,
+        reload=wrapped_reload,
+        reexec=wrapped_reexec,
+        handle_usr1=wrapped_usr1,
     )
 
 

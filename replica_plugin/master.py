@@ -7,13 +7,15 @@ that was not there reads the page when it comes.
 gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods are
 wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
-again), `reload` (see hook.py) and `handle_usr1` (logs are reopened).
+again), `reload` (see hook.py), `kill_workers` (a stop is hurried with QUIT), `reexec` (another
+master shares our sockets) and `handle_usr1` (logs are reopened).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import select
 import signal
 import socket
@@ -21,12 +23,12 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import gunicorn
 from gunicorn.config import Config
+from gunicorn.errors import HaltServer
 
 from . import journal, ready_file
 from .config.settings import Settings
@@ -46,7 +48,8 @@ STARTER = (
 # Isolation takes Python's variables away, of which this one is kept.
 _FLAGS = ("-I", "-B") if sys.dont_write_bytecode else ("-I",)
 
-LEAVE_TIME = 2.0  # seconds the helpers get to send their last bytes when all workers are gone
+LEAVE_TIME = 0.5  # seconds after graceful_timeout at which helpers that are still there are killed
+PAUSE = 0.1  # seconds between two looks at processes and signals during drain_delay
 
 
 class Arbiter(Protocol):
@@ -59,10 +62,18 @@ class Arbiter(Protocol):
     master_pid: int
     WORKERS: dict[int, Any]
     LISTENERS: list[Any]
+    SIG_QUEUE: Any
+    reexec_pid: int
+    systemd: bool
 
     def stop(self, graceful: bool = True) -> None: ...
     def setup(self, app: Any) -> None: ...
     def reload(self) -> None: ...
+    def reexec(self) -> None: ...
+    def reap_workers(self) -> None: ...
+    def murder_workers(self) -> None: ...
+    def manage_workers(self) -> None: ...
+    def kill_workers(self, sig: int) -> None: ...
     def handle_usr1(self) -> None: ...
 
 
@@ -76,6 +87,7 @@ class Master:
         self.control, self._control_out = _control_pair()
         self._arbiter = arbiter
         self._stop: Stop | None = None
+        self._draining = False
         self._reopen = 0
         self._told = 0
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
@@ -139,9 +151,50 @@ class Master:
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
             supervisor=self._supervisor,
             ready_file=self.settings.ready_file and os.path.abspath(self.settings.ready_file),
+            shared=self._is_shared(),
+            draining=self._draining,
             stop=self._stop,
             reopen=self._reopen,
         )
+
+    def _is_shared(self) -> bool:
+        """Whether someone else has our listening sockets: another master, or who activated us."""
+        arbiter = self._arbiter
+        inherited = any(isinstance(address, int) for address in arbiter.cfg.address)  # fd://
+        return bool(inherited or arbiter.systemd or arbiter.reexec_pid or arbiter.master_pid)
+
+    def drain(self) -> bool:
+        """Serve on for drain_delay while readyz says 503; False if that was cut short.
+
+        The arbiter does nothing but stop meanwhile, so we do for it what keeps processes there.
+        """
+        end = time.monotonic() + self.settings.drain_delay
+        if self._stop is not None or not self.replica_page.read().was_ready:
+            return True
+        self._draining = True
+        self.tell()
+        while time.monotonic() < end:
+            if self._is_hurried():
+                return False
+            try:
+                self._arbiter.reap_workers()
+                self._arbiter.murder_workers()
+                self._arbiter.manage_workers()
+            except HaltServer:
+                break
+            time.sleep(min(PAUSE, max(0.0, end - time.monotonic())))
+        return True
+
+    def _is_hurried(self) -> bool:
+        """Whether INT or QUIT has come."""
+        with suppress(queue.Empty, IndexError):
+            while True:
+                number = _next_signal(self._arbiter.SIG_QUEUE)
+                if number in (signal.SIGINT, signal.SIGQUIT):
+                    return True
+                if number == signal.SIGUSR1:
+                    self._arbiter.handle_usr1()
+        return False
 
     def stop(self, graceful: bool) -> None:
         """A stop begins. A quick one after a graceful one takes over, not the other way round."""
@@ -150,11 +203,11 @@ class Master:
         self.tell()
 
     def end(self) -> None:
-        """All workers are gone: let the helpers send their last bytes, and end them."""
+        """All workers are gone: let the helpers send their last bytes in time, and end them."""
         now = time.monotonic()
-        self._stop = replace(self._stop, deadline=now) if self._stop else Stop(False, now)
+        self._stop = self._stop or Stop(False, now)
         self.tell()
-        end = now + LEAVE_TIME
+        end = LEAVE_TIME + (max(now, self._stop.deadline) if self._stop.graceful else now)
         self._await_end("supervisor", self._supervisor_pidfd, end)
         living = self.replica_page.find_living()
         if living:
@@ -204,6 +257,11 @@ class Master:
         self._supervisor, self._supervisor_pidfd = process.pid, os.pidfd_open(process.pid)
         process.returncode = 0  # gunicorn reaps it, and its pid may come back as a worker's
         self.tell()
+
+
+def _next_signal(signals: Any) -> int:
+    """The next of the arbiter's signals; a list before gunicorn 24. Raises Empty, IndexError."""
+    return int(signals.pop(0) if isinstance(signals, list) else signals.get_nowait())
 
 
 def _is_dead(pidfd: int, patience: float = 0.0) -> bool:

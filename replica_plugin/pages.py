@@ -203,10 +203,15 @@ class Cells:
     """One cell a slot, written by that slot only: the request it has, and how far it is.
 
     A cell is one aligned 64-bit word, so a process that dies leaves each either old or new.
+    One more word is written by the dispatcher only, when it answers in place of all slots.
+
+    A response has one writer. A slot says that it answers, then looks whether it still may; the
+    dispatcher takes that right away, and looks who answers already in a later turn. So at most
+    one of them finds that it is the one.
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        size = max(1, slots) * 8
+        size = (slots + 1) * 8
         self.fd = create("cells", size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, size)
         self._words = memoryview(self._memory).cast("Q")
@@ -220,9 +225,14 @@ class Cells:
         """The slot has taken the request, and has not read from its socket yet."""
         self._words[slot] = request << 1
 
-    def answering(self, slot: int) -> None:
-        """The next thing the slot does is to write the first byte of the response."""
+    def answering(self, slot: int) -> bool:
+        """The slot is about to write the first byte of the response; whether it may."""
         self._words[slot] |= 1
+        return not self._words[-1]
+
+    def silence(self) -> None:
+        """No slot that has not begun its response may begin one."""
+        self._words[-1] = 1
 
     def end(self, slot: int) -> None:
         """The slot has reported the request, and has none."""
@@ -230,4 +240,4 @@ class Cells:
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 1: bool(word & 1) for word in self._words if word}
+        return {word >> 1: bool(word & 1) for word in self._words[:-1] if word}

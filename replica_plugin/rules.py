@@ -48,7 +48,8 @@ class Wishes:
 
     `live` are the ages of the processes that the master has forked. `supervisor` is the pid of
     the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
-    gunicorn's own settings of that name.
+    gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
+    will; `draining` that a stop is about to begin, and nothing new should be sent to us.
     """
 
     rules: Rules
@@ -59,6 +60,8 @@ class Wishes:
     logging: dict[str, Any]
     supervisor: int = 0
     ready_file: str | None = None
+    shared: bool = False
+    draining: bool = False
     stop: Stop | None = None
     reopen: int = 0
 
@@ -87,6 +90,8 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
         logging=state["logging"],
         supervisor=state["supervisor"],
         ready_file=state["ready_file"],
+        shared=state["shared"],
+        draining=state["draining"],
         stop=Stop(**stop) if stop else None,
         reopen=state["reopen"],
     )

@@ -14,6 +14,7 @@ next one (ADOPT), with what is known about it.
 
 from __future__ import annotations
 
+import errno
 import socket
 from contextlib import suppress
 from typing import Protocol
@@ -54,6 +55,7 @@ class Slot:
         self._index = index
         self._cells = cells
         self._log = worker.log
+        self._sock: ClientSocket | None = None  # while it works on a request
 
     def run(self) -> None:
         """Take requests until the process is dismissed. Never raises, but for SystemExit."""
@@ -87,6 +89,7 @@ class Slot:
             return
         self._cells.begin(self._index, job.request)
         sock = ClientSocket(_family(job.client), socket.SOCK_STREAM, fds[0], self._on_first_byte)
+        self._sock = sock
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock).run()
@@ -97,7 +100,12 @@ class Slot:
             self._report(channel, job, report, sock)
 
     def _on_first_byte(self) -> None:
-        self._cells.answering(self._index)
+        """Raises BrokenPipeError if the dispatcher has answered in our place."""
+        if not self._cells.answering(self._index):
+            error = BrokenPipeError(errno.EPIPE, "The dispatcher has answered this request")
+            if self._sock is not None:
+                self._sock.trouble = error  # nothing more is sent, and it is no error of the app's
+            raise error
 
     def _report(self, channel: socket.socket, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
@@ -105,6 +113,7 @@ class Slot:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
+        self._sock = None
         sock.close()
 
     def _say(self, channel: socket.socket, message: bytes) -> bool:

@@ -42,6 +42,7 @@ class Model:
         self.processes: dict[int, Known] = {}
         self.stopping = False
         self.drained = False
+        self.given_up = False
         self.was_ready = was_ready
         self.sends = 0
 
@@ -49,7 +50,9 @@ class Model:
 
     def ready(self, request, now, actions):
         self.ready_at[request] = now
-        if len(self.waiting) + self.running() >= self.rules.bound:
+        if self.given_up:
+            assert actions == [Refuse(request, Why.STOPPING)], "P7: nothing starts at the very end"
+        elif len(self.waiting) + self.running() >= self.rules.bound:
             assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
         else:
             self.waiting.append(request)
@@ -126,6 +129,7 @@ class Model:
         self._judge(actions[len(due) :])
 
     def give_up(self, actions):
+        self.given_up = True
         assert actions == [Refuse(each, Why.STOPPING) for each in self.waiting]
         self.waiting = []
 

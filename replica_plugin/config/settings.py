@@ -103,7 +103,7 @@ class Settings:
     ready_file: str | None = _key(
         Text(r"[^\0]+", "a path", "path"), None, "a file that exists while readyz says 200"
     )
-    drain_delay: float = _later(
+    drain_delay: float = _key(
         Duration(least=0), 0.0, "on TERM, how long readyz says 503 before the listeners close"
     )
     stagger_init: bool = _key(Boolean(), True, "processes load the app one after another")
