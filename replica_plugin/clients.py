@@ -66,6 +66,7 @@ class Clients:
         self._judge = judge
         self._arrivals = Arrivals(serving)
         self._stopping = False
+        self._resumable = False
         self._last_call_at = math.inf
         self.called = False  # the last call is over
         self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
@@ -315,12 +316,23 @@ class Clients:
 
         Listeners that others have as well are closed at once: what connects later is theirs.
         """
-        self._stopping = True
-        self._last_call_at = until
+        self.pause(until, False)
         if shared:
             self._close_listeners(now)
         else:
             self.listeners.refuse()
+
+    def pause(self, until: float, resumable: bool = True) -> None:
+        """Keep no connection any more; take none if this is not the end of listening."""
+        self._stopping, self.called = True, False
+        self._last_call_at = until
+        self._resumable = resumable
+        self.listeners.accept_if(not resumable)
+
+    def resume(self) -> None:
+        self._stopping = self.called = False
+        self._last_call_at = math.inf
+        self.listeners.accept_if(True)
 
     def _close_listeners(self, now: float) -> None:
         """Take what the backlog holds before."""
@@ -331,7 +343,8 @@ class Clients:
 
     def _last_call(self, now: float) -> None:
         """Close connections on which nothing has come; from now on no other is kept."""
-        self._close_listeners(now)
+        if not self._resumable:
+            self._close_listeners(now)
         self.called = True
         self._last_call_at = math.inf
         for conn in list(self.connections.values()):

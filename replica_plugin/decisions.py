@@ -274,6 +274,11 @@ class Decisions:
         """The replica stops: what is in flight goes on, and processes stay until `drain`."""
         self.stopping = True
 
+    def resume(self, now: float) -> list[Action]:
+        """It was a pause: what is in flight goes on, and processes leave as ever."""
+        self.stopping = self.drained = False
+        return self._changed() + self._start(now)
+
     def drain(self) -> list[Action]:
         """Nothing waits, and nothing can become ready any more: all processes may go."""
         self.drained = True

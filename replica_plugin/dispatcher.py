@@ -22,7 +22,7 @@ import select
 import socket
 import time
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import answers
 from .channel import Adopt, Job, Kind, Report
@@ -65,13 +65,15 @@ class Dispatcher:
         self._wishes = wishes
         self._journal = journal
         self._epoll = select.epoll()
-        self._decisions = Decisions(wishes.rules)
+        rules = wishes.rules
+        self._decisions = Decisions(replace(rules, processes=max(1, rules.processes)))
         self._requests: dict[int, Connection] = {}
         self._next = itertools.count(time.monotonic_ns() // 1000)  # never a number used before
         self._processes = Processes(self._epoll, frame.control, self)
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stop: Stop | None = None
+        self._paused = False
         self._given_up = 0  # turns
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
@@ -136,6 +138,8 @@ class Dispatcher:
             self._clients.tick(now)
             self._journal.tick(now)
         self._perform(self._decisions.tick(now), now)
+        if self._decisions.stopping:
+            self._drain_if_done(now)
         if self._stop is not None and self._stop.graceful:
             self._go_on_stopping(self._stop, now)
 
@@ -252,7 +256,7 @@ class Dispatcher:
             conn.server,
             conn.ahead,
             conn.carry,
-            self._stop is not None,
+            self._decisions.stopping,
             now - conn.ready_at,
         )
         if self._processes.send(action.age, job, conn.fd):
@@ -290,7 +294,11 @@ class Dispatcher:
         self._wishes = wishes
         self._clients.serve(wishes.serving)
         failed = self._frame.load_page.failed  # read after the master's page
-        self._perform(self._decisions.ruled(wishes.rules, wishes.live, now, failed), now)
+        pausing = not wishes.rules.processes
+        rules = self._decisions.rules if pausing else wishes.rules
+        self._perform(self._decisions.ruled(rules, wishes.live, now, failed), now)
+        if self._stop is None and pausing != self._paused:
+            self._pause_or_resume(pausing, now)
         if wishes.supervisor and not self._guard.told(wishes.supervisor):
             self._tell_unguarded()
         if wishes.stop is not None and wishes.stop != self._stop:
@@ -310,6 +318,16 @@ class Dispatcher:
         if self._stop is None:
             self._journal.warning("The master is gone: finishing what is in flight, then leaving")
             self._begin_stop(Stop(True, now + self._wishes.graceful_timeout), now)
+
+    def _pause_or_resume(self, pausing: bool, now: float) -> None:
+        """p is 0 after WINCH: what has come is finished, what comes is left to another master."""
+        self._paused = pausing
+        if pausing:
+            self._decisions.stop()
+            self._clients.pause(now + LAST_CALL)
+        else:
+            self._clients.resume()
+            self._perform(self._decisions.resume(now), now)
 
     # A stop.
 
@@ -336,11 +354,14 @@ class Dispatcher:
     def _go_on_stopping(self, stop: Stop, now: float) -> None:
         if now >= self._give_up_at(stop) or self._is_alone:
             self._give_up(now)
-        if self._clients.called and not (self._decisions.drained or any(self._clients.pending())):
-            self._perform(self._decisions.drain(), now)
-        gone = self._decisions.drained and not self._clients.connections
+        gone = self._clients.called and self._decisions.drained and not self._clients.connections
         late = now >= stop.deadline + OVERTIME
         self._ended = self._ended or late or (gone and not self._processes.links)
+
+    def _drain_if_done(self, now: float) -> None:
+        """Dismiss the processes once nothing is left that could become a request."""
+        if self._clients.called and not (self._decisions.drained or any(self._clients.pending())):
+            self._perform(self._decisions.drain(), now)
 
     @property
     def _is_alone(self) -> bool:

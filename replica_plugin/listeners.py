@@ -61,6 +61,7 @@ class Listeners:
 
     def __init__(self, epoll: select.epoll, listeners: Iterable[Listener]) -> None:
         self.paused_until = math.inf
+        self._wanted = True
         self._epoll = epoll
         self._listeners = {each.sock.fileno(): each for each in listeners}
         for fd in self._listeners:
@@ -68,6 +69,11 @@ class Listeners:
 
     def __contains__(self, fd: int) -> bool:
         return fd in self._listeners
+
+    def accept_if(self, wanted: bool) -> None:
+        """Take connections, or leave them to whoever else has these listeners."""
+        self._wanted = wanted
+        self._listen(select.EPOLLIN)
 
     def refuse(self) -> None:
         """Take no more connections, but those that have begun."""
@@ -112,4 +118,4 @@ class Listeners:
 
     def _listen(self, mask: int) -> None:
         for fd in self._listeners:
-            self._epoll.modify(fd, mask)
+            self._epoll.modify(fd, mask if self._wanted else 0)

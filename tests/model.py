@@ -117,6 +117,10 @@ class Model:
         assert actions is None
         self.stopping = True
 
+    def resume(self, now, actions):
+        self.stopping = self.drained = False
+        self._judge(actions)
+
     def drain(self, actions):
         self.drained = True
         self._judge_who_leaves(actions)

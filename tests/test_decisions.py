@@ -380,3 +380,14 @@ def test_one_that_could_not_load_long_ago_keeps_nobody_from_leaving():
     decisions.ruled(Rules(2, 1), [2, 4], 0.0, failed=3)
     decisions.died(1, [], 0.0)
     assert decisions.leaving(2) == [Dismiss(2)]
+
+
+def test_after_a_pause_in_which_all_left_others_begin_what_comes():
+    decisions = replica(1, 1)
+    decisions.stop()
+    assert decisions.drain() == [Dismiss(1)]
+    decisions.died(1, [], 0.0)
+    assert decisions.resume(0.0) == []
+    assert join(decisions, 2, 1) == []
+    assert arrive(decisions, 1) == [Send(1, 2)]
+    assert decisions.is_ready

@@ -242,6 +242,7 @@ class World:
 
     def _be_born(self, was_ready: bool) -> None:
         rules = self.page[0]
+        rules = replace(rules, processes=max(1, rules.processes))
         self.decisions, self.model = Decisions(rules), Model(rules, was_ready)
         self.decisions.was_ready = was_ready
         for age, worker in self.table.items():
@@ -271,8 +272,13 @@ class World:
     def read(self) -> None:
         """Look at the master's page."""
         rules, live, stopped = self.page
+        paused = not rules.processes
+        if paused:
+            rules = self.decisions.rules
         self.tell("ruled", rules, live, self.now, self.failed)
-        if stopped and not self.decisions.stopping:
+        if self.decisions.stopping and not (stopped or paused):
+            self.tell("resume", self.now)
+        if (stopped or paused) and not self.decisions.stopping:
             self.tell("stop")
 
     def hear_death(self, worker: Worker) -> None:
