@@ -56,14 +56,13 @@ class Arrivals:
                 self.measure(conn)
                 return Sight.READY if conn.arrived >= self._enough(conn.head) else Sight.PART
             data = self._peek(conn)
+            if data is None:
+                return Sight.LEFT
+            return Sight.READY if data and self._is_ready(conn, data) else Sight.PART
         except OSError:
             return Sight.LEFT
-        if data is None:
-            return Sight.LEFT
-        try:
-            return Sight.READY if data and self._is_ready(conn, data) else Sight.PART
         except HeadTooLarge:
-            conn.head = Head(len(data))
+            conn.head = Head(conn.arrived)
             return Sight.TOO_LARGE
 
     def measure(self, conn: Connection) -> None:
@@ -115,7 +114,7 @@ class Arrivals:
         """
         space = LARGEST // 2 - len(conn.ahead)
         if space > 0:
-            with suppress(BlockingIOError):
+            with suppress(OSError):  # nothing there, or a reset that epoll will tell of
                 conn.ahead += conn.sock.recv(space, socket.MSG_DONTWAIT)
         return space > 0
 
@@ -140,7 +139,10 @@ class Arrivals:
             self.buffer = bytearray(4 * len(self.buffer))
 
     def _wants_more(self, conn: Connection, data: bytes) -> bool:
-        """Whether the buffer, which is full, is too small for what it must show."""
+        """Whether the buffer, which is full, is too small for what it must show.
+
+        Raises HeadTooLarge.
+        """
         if conn.head is None and data.find(b"\r\n\r\n", 2) < 0:
             return len(data) <= self.serving.limits.head
         head = conn.head or read_head(data, self.serving.limits, conn.number == 1)

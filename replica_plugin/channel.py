@@ -29,6 +29,8 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from .rest import Rest
+
 VERSION = 1
 LARGEST = 1 << 16
 """Bytes of the largest message; a connection with more read ahead than fits is closed."""
@@ -81,23 +83,38 @@ class Job(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a process says: `request`, `end`, `ahead` and `carry` matter for DONE only."""
+    """What a process says: `request`, `end`, `ahead`, `carry` and `rest` matter for DONE only.
+
+    `rest` is what the client has not taken yet; its descriptor travels beside the message.
+    """
 
     kind: Kind
     request: int = 0
     end: End = End.KEEP
     ahead: bytes = b""
     carry: bytes = b""
+    rest: Rest | None = None
 
     def encode(self) -> bytes:
         start = _REPORT.pack(self.kind, self.end, self.request, len(self.ahead))
         return b"".join((start, self.ahead, self.carry))
 
 
-def decode_report(data: bytes) -> Report:
-    kind, end, request, ahead = _REPORT.unpack_from(data)
-    split = _REPORT.size + ahead
-    return Report(_KINDS[kind], request, _ENDS[end], data[_REPORT.size : split], data[split:])
+def decode_report(data: bytes, fds: list[int]) -> Report:
+    """Raises ValueError for what no process of ours says; its descriptors are closed then."""
+    try:
+        if len(data) < _REPORT.size:
+            raise ValueError("too short for a report")
+        kind, end, request, ahead = _REPORT.unpack_from(data)
+        split = _REPORT.size + ahead
+        if kind >= len(_KINDS) or end >= len(_ENDS) or split > len(data):
+            raise ValueError("unknown, or cut short")
+        if len(fds) > (kind == Kind.DONE):
+            raise ValueError("a descriptor too many")
+        rest = Rest(fds.pop()) if fds else None
+    finally:
+        close_all(fds)
+    return Report(_KINDS[kind], request, _ENDS[end], data[_REPORT.size : split], data[split:], rest)
 
 
 FREE = Report(Kind.FREE).encode()
@@ -139,8 +156,11 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(sock: socket.socket, data: bytes, *fds: int) -> None:
     """Send a message and descriptors at once or not at all. Raises OSError."""
-    rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
-    sock.sendmsg((data,), rights, _NOW)
+    sock.sendmsg((data,), _rights(*fds), _NOW)
+
+
+def _rights(*fds: int) -> list[tuple[int, int, array.array[int]]]:
+    return [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
 
 
 def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
@@ -150,10 +170,17 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     (`socket.recv_fds` loses its flags in Python 3.11).
     """
     data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
+    if not rights:
+        return data, []
     fds = array.array("i")
     for _, _, content in rights:
         fds.frombytes(content)
     return data, fds.tolist()
+
+
+def receive_now(sock: socket.socket) -> tuple[bytes, list[int]]:
+    """As `receive`, without waiting. Raises BlockingIOError when there is nothing."""
+    return receive(sock, socket.MSG_DONTWAIT)
 
 
 def send_job(sock: socket.socket, job: Job, client: int) -> None:
@@ -162,6 +189,11 @@ def send_job(sock: socket.socket, job: Job, client: int) -> None:
 
 def decode_job(data: bytes) -> Job:
     return Job(*marshal.loads(data))
+
+
+def send_rest(sock: socket.socket, report: Report, rest: Rest) -> None:
+    """Report with what the client has not taken yet. Waits for room. Raises OSError."""
+    sock.sendmsg((report.encode(),), _rights(rest.fd), socket.MSG_NOSIGNAL)
 
 
 def send_register(
@@ -180,17 +212,29 @@ def _as_text(value: bytes) -> str:
 
 def receive_control(control: socket.socket) -> tuple[Register | Adopt | None, list[int]]:
     """The next message on the control socket; None for one that means nothing to us."""
-    data, fds = receive(control, socket.MSG_DONTWAIT)
-    if data[:1] == b"R" and len(fds) == 3:
-        return Register(**json.loads(data[1:])), fds
-    if data[:1] == b"A" and len(fds) == 1:
-        return _decode_adopt(json.loads(data[1:])), fds
+    data, fds = receive_now(control)
+    try:
+        if data[:1] == b"R" and len(fds) == 3:
+            return _decode_register(json.loads(data[1:])), fds
+        if data[:1] == b"A" and len(fds) == 1:
+            return _decode_adopt(json.loads(data[1:])), fds
+    except Exception:  # whatever it is, it must not end the dispatcher
+        return None, fds
     return None, fds
+
+
+def _decode_register(fields: dict[str, Any]) -> Register:
+    pid, age, slots = (int(fields[name]) for name in ("pid", "age", "slots"))
+    if slots < 1:
+        raise ValueError("a process without slots")
+    return Register(
+        pid, age, slots, bool(fields["again"]), bool(fields["leaving"]), fields["version"]
+    )
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:
     return Adopt(
-        fields["number"],
+        int(fields["number"]),
         _address(fields["client"]),
         _address(fields["server"]),
         fields["ahead"].encode("latin-1"),

@@ -7,16 +7,25 @@ wrong with the client is told apart from what went wrong in the app.
 
 The head of a response, which gunicorn writes by itself, is held until there is a part of the
 body to go with it, or `flush`: one write a response, not two, and one wake-up of the client.
+
+Once the response is complete (`finish`), what the client does not take at once becomes `rest`,
+which is for the dispatcher to send, as far as there is `room` for it; before that, WSGI wants
+each part of the body out of the app's hands before the app is asked for the next.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from .rest import PIECE, Rest, queued
+
 JOINED = 1 << 16  # bytes of body up to which copying it behind the head is cheaper than a write
+GIGA = 1 << 30  # bytes the kernel is asked to send of a file at a time
 _INTERIM = b"1"  # the first digit of a status that is no response yet: 103 Early Hints
 
 
@@ -34,12 +43,26 @@ class ClientSocket(socket.socket):
     `answering` says that the response has begun; its head may still be held.
     """
 
-    __slots__ = ("_flags", "_head", "_on_first_byte", "_written", "answering", "trouble")
+    __slots__ = (
+        "_finishing", "_flags", "_head", "_left", "_left_size", "_on_first_byte", "_room",
+        "_written", "answering", "trouble",
+    )  # fmt: skip
 
-    def __init__(self, family: int, kind: int, fd: int, on_first_byte: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        family: int,
+        kind: int,
+        fd: int,
+        on_first_byte: Callable[[], None],
+        room: Callable[[], int],
+    ) -> None:
         super().__init__(family, kind, 0, fd)
         self.trouble: OSError | None = None
         self.answering = False
+        self._finishing = False
+        self._left: deque[memoryview] = deque()
+        self._left_size = 0
+        self._room = room
         self._flags = 0
         self._head = b""  # what is held
         self._written = False
@@ -76,36 +99,120 @@ class ClientSocket(socket.socket):
         if self._head:
             self._write(b"")
 
+    def finish(self) -> None:
+        """From now on all that comes is there already: the app is not asked for anything more."""
+        self._finishing = True
+
+    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
+        """As socket.sendfile, which would wait for ever when the kernel's timeout has passed.
+
+        What there is room for is not sent by the kernel from the file, since that would wait
+        for the client.
+        """
+        self.flush()
+        self._begin()
+        fd = file.fileno()
+        size = os.fstat(fd).st_size - offset if count is None else count
+        here = max(0, size - self._room()) if self._finishing else size
+        sent = 0
+        try:
+            while sent < here:
+                part = self._sendfile_some(fd, offset + sent, here - sent)
+                if part == 0:
+                    return sent
+                sent += part or 0
+            while sent < size and (piece := os.pread(fd, min(PIECE, size - sent), offset + sent)):
+                self._send_or_leave(piece)
+                sent += len(piece)
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
+        return sent
+
+    def rest(self) -> Rest | None:
+        """What is left, for the dispatcher. Raises OSError if it had to be sent after all."""
+        if not self._left:
+            return None
+        try:
+            return Rest.of(*self._left)
+        except OSError:  # memory or descriptors are short
+            self.send_left()
+            return None
+
+    def send_left(self) -> None:
+        """Send what is left after all: there is nobody to leave it to. Raises OSError."""
+        try:
+            self._send_first(self._left_size)
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
+
     def _write(self, data: Any) -> None:
         """Send everything. Raises SendTimeoutError when the client takes nothing for too long."""
         self._begin()
         head, self._head = self._head, b""
         try:
-            if not head:
-                super().sendall(data)
-            elif len(data) <= JOINED:
-                super().sendall(head + data)
+            if head and len(data) > JOINED:
+                self._send_all(head, socket.MSG_MORE)
+            elif head:
+                data = head + data
+            if self._finishing:
+                self._send_or_leave(data)
             else:
-                super().sendall(head, socket.MSG_MORE)
-                super().sendall(data)
+                self._send_all(data)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
 
-    def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
-        """As socket.sendfile, which would wait for ever when the kernel's timeout has passed."""
-        self.flush()
-        self._begin()
+    def _send_or_leave(self, data: bytes) -> None:
+        """Send what the client takes at once, and as much more as there is no room for."""
         sent = 0
+        if not self._left:
+            with suppress(BlockingIOError):
+                sent = super().send(data, socket.MSG_DONTWAIT)
+        if sent < len(data):
+            self._left.append(memoryview(data)[sent:])
+            self._left_size += len(data) - sent
+            self._send_first(self._left_size - self._room())
+
+    def _send_first(self, count: int) -> None:
+        """Send so many bytes of what is left, however long the client takes."""
+        while count > 0:
+            part = self._left[0]
+            now = part[:count]
+            self._send_all(now)
+            count -= len(now)
+            self._left_size -= len(now)
+            if len(now) == len(part):
+                self._left.popleft()
+            else:
+                self._left[0] = part[len(now) :]
+
+    def _send_all(self, data: Any, flags: int = 0) -> None:
+        """Send everything, while the client takes something every send_timeout."""
+        left = memoryview(data)
+        while left:
+            try:
+                left = left[super().send(left, flags | socket.MSG_DONTWAIT) :]
+            except BlockingIOError:
+                left = left[self._send_some(left, flags) :]
+
+    def _send_some(self, data: memoryview, flags: int) -> int:
+        """Send what there is room for, once there is some. Raises BlockingIOError."""
+        before = queued(self)
         try:
-            while count is None or sent < count:
-                part = min(1 << 30, 1 << 30 if count is None else count - sent)
-                done = os.sendfile(self.fileno(), file.fileno(), offset + sent, part)
-                if not done:
-                    break
-                sent += done
-        except OSError as error:
-            raise self._noted(error, SendTimeoutError) from None
-        return sent
+            return super().send(data, flags)
+        except BlockingIOError:
+            if queued(self) >= before:
+                raise
+            return 0
+
+    def _sendfile_some(self, fd: int, offset: int, count: int) -> int | None:
+        """As `_send_some`, from a file; 0 at its end, None if there was no room yet."""
+        before = queued(self)
+        try:
+            return os.sendfile(self.fileno(), fd, offset, min(GIGA, count))
+        except BlockingIOError:
+            if queued(self) >= before:
+                raise
+            return None
 
     def _begin(self) -> None:
         if self.trouble is not None:

@@ -27,22 +27,21 @@ from typing import Protocol
 
 from .answers import UNTAKEN, Answer, body_too_late, head_too_large, head_too_late
 from .arrival import Arrivals, Sight
-from .channel import Adopt, End
+from .channel import Adopt, End, Report
 from .connection import Connection, State
 from .deadlines import Deadlines
+from .endings import Endings
 from .head import Head
 from .listeners import Listener, Listeners
 from .rules import Serving
 
-EDGE = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
+EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
 QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
-LINGER = 2.0  # seconds a client that has been answered may take to stop sending
-DRAINS = 64  # reads of what a lingering client sends, before others have their turn
 
 
 class Judge(Protocol):
@@ -51,6 +50,7 @@ class Judge(Protocol):
     def on_ready(self, conn: Connection, now: float) -> None: ...
     def on_gone(self, conn: Connection) -> None: ...
     def on_answered(self, conn: Connection, answer: Answer, now: float) -> None: ...
+    def on_cut_off(self, conn: Connection, now: float) -> None: ...
     def probe(self, name: bytes) -> Answer: ...
 
 
@@ -65,6 +65,7 @@ class Clients:
         self._epoll = epoll
         self._judge = judge
         self._arrivals = Arrivals(serving)
+        self._endings = Endings(self)
         self._stopping = False
         self._resumable = False
         self._last_call_at = math.inf
@@ -75,7 +76,6 @@ class Clients:
         self._idle: Deadlines[Connection] = Deadlines(None)
         self._glances: Deadlines[Connection] = Deadlines(GLANCE)
         self._quiet: Deadlines[Connection] = Deadlines(QUIET)
-        self._lingering: Deadlines[Connection] = Deadlines(LINGER)
         self.serve(serving)
 
     def serve(self, serving: Serving) -> None:
@@ -84,6 +84,7 @@ class Clients:
         self._heads.last(serving.header_timeout)
         self._bodies.last(serving.receive_timeout / 4)
         self._idle.last(serving.keepalive)
+        self._endings.serve(serving.send_timeout)
 
     # From a listener to a ready request.
 
@@ -95,7 +96,7 @@ class Clients:
                 more = False
             else:
                 self._take(each, now)
-                self._time(each, self._heads, now)
+                self.time(each, self._heads, now)
                 self._look(each, now)
         return more
 
@@ -117,10 +118,11 @@ class Clients:
             conn.hung_up = True
         if conn.state is State.ARRIVING:
             self._on_arriving(conn, now)
-        elif conn.state is State.LINGERING:
-            self._drain(conn, now)
-        elif conn.state is State.WAITING and conn.hung_up:
-            self._leave_queue(conn)
+        elif conn.state is State.WAITING:
+            if conn.hung_up:
+                self._leave_queue(conn)
+        elif conn.state is not State.RUNNING:
+            self._endings.on_event(conn, now)
 
     def _leave_queue(self, conn: Connection) -> None:
         self._judge.on_gone(conn)
@@ -160,15 +162,15 @@ class Clients:
         conn.looked_at = now
         if conn.head is not None and conn.timer is not self._bodies:
             conn.progress_at = now
-            self._time(conn, self._bodies, now)
+            self.time(conn, self._bodies, now)
             self._arrivals.expect_body(conn, conn.head)
         elif conn.head is not None:
             self._arrivals.follow_chunks(conn)
         elif conn.arrived and conn.timer is self._idle:
-            self._time(conn, self._heads, now)
+            self.time(conn, self._heads, now)
         if conn.local and conn.arrived and conn not in self._quiet:
             self._quiet.start(conn, now)
-        self._register(conn)
+        self.watch(conn)
 
     def _on_ready(self, conn: Connection, now: float) -> None:
         """The request is ready: a probe is answered, anything else is judged."""
@@ -185,7 +187,7 @@ class Clients:
             if conn.hung_up:
                 self._leave_queue(conn)
             else:
-                self._register(conn)
+                self.watch(conn)
 
     # Into a slot's hands and back.
 
@@ -202,33 +204,47 @@ class Clients:
     def take_back(self, conn: Connection) -> None:
         """The process died before it began to read: the request waits again."""
         conn.state = State.WAITING
-        self._register(conn)
+        self.watch(conn)
         if conn.hung_up:
             self._leave_queue(conn)
 
-    def give_back(self, conn: Connection, end: End, ahead: bytes, carry: bytes, now: float) -> None:
+    def give_back(self, conn: Connection, report: Report, now: float) -> None:
         """A slot has reported the request done."""
-        if end is End.UNTAKEN:
+        if report.rest is None:
+            self._after(conn, report, now)
+        else:
+            conn.report = report
+            self._endings.send(conn, report.rest, now)
+
+    def on_sent(self, conn: Connection, now: float) -> None:
+        """The client has taken the rest of its response."""
+        report, conn.report = conn.report, None
+        assert report is not None
+        self._after(conn, report, now)
+
+    def _after(self, conn: Connection, report: Report, now: float) -> None:
+        """Go on as the slot has said."""
+        if report.end is End.UNTAKEN:
             self.answer(conn, UNTAKEN, now)
-        elif end is End.KEEP:
-            conn.next_request(ahead, carry)
+        elif report.end is End.KEEP:
+            conn.next_request(report.ahead, report.carry)
             self._go_on(conn, now)
-        elif end is End.LINGER or (end is End.CLOSE and conn.unread()):
-            self.linger(conn, now)
+        elif report.end is End.LINGER or (report.end is End.CLOSE and conn.unread()):
+            self._endings.linger(conn, now)
         else:
             self.close(conn)
 
     def _go_on(self, conn: Connection, now: float) -> None:
         """The connection is between two requests; the next may be there already."""
         if self.called and not (conn.ahead or conn.unread()):
-            self.linger(conn, now)
+            self._endings.linger(conn, now)
             return
         conn.looked_at = 0.0
-        self._time(conn, self._idle, now)
+        self.time(conn, self._idle, now)
         if conn.touched or conn.ahead:
             self._look(conn, now)  # what came while it waited has had its event, and woke nobody
         else:
-            self._register(conn)
+            self.watch(conn)
 
     # Answers without a slot, and ends.
 
@@ -254,10 +270,10 @@ class Clients:
         self._untime(conn)
         if keep:
             conn.next_request(conn.ahead, conn.carry)
-            self._time(conn, self._idle, now)
+            self.time(conn, self._idle, now)
             self._answered.append(conn)
         else:
-            self.linger(conn, now)
+            self._endings.linger(conn, now)
 
     def _keeps(self, conn: Connection, head: Head) -> bool:
         """Whether the connection can go on: the request has surely ended where its head did."""
@@ -267,33 +283,6 @@ class Clients:
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
-    def linger(self, conn: Connection, now: float) -> None:
-        """End the connection without a reset, which would take the answer away from the client."""
-        conn.state = State.LINGERING
-        try:
-            conn.sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.close(conn)
-            return
-        self._time(conn, self._lingering, now)
-        self._register(conn)
-        self._drain(conn, now)
-
-    def _drain(self, conn: Connection, now: float) -> None:
-        """Throw away what still comes; at the end of the stream, close."""
-        for _ in range(DRAINS):
-            try:
-                if not conn.sock.recv_into(self._arrivals.buffer, 0, socket.MSG_DONTWAIT):
-                    break
-            except BlockingIOError:
-                return
-            except OSError:
-                break
-        else:
-            self._glances.start(conn, now)
-            return
-        self.close(conn)
-
     def close(self, conn: Connection) -> None:
         """Forget the connection. The one place where its descriptor is closed.
 
@@ -301,6 +290,7 @@ class Clients:
         duplicate.
         """
         self._untime(conn)
+        self._endings.forget(conn)
         if conn.registered:
             self._unregister(conn)
         conn.state = State.CLOSED
@@ -308,6 +298,11 @@ class Clients:
         with suppress(OSError):  # the client was faster
             conn.sock.shutdown(socket.SHUT_RDWR)
         conn.sock.close()
+
+    @property
+    def unsent(self) -> int:
+        """Bytes of responses that slots have left to us, and clients have not taken yet."""
+        return self._endings.unsent
 
     # Stopping.
 
@@ -373,7 +368,7 @@ class Clients:
             self._idle.due,
             self._glances.due,
             self._quiet.due,
-            self._lingering.due,
+            self._endings.due(),
             self.listeners.paused_until,
             self._last_call_at,
         )
@@ -391,9 +386,9 @@ class Clients:
         for conn in self._bodies.expired(now):
             self._on_body_slow(conn, now)
         for conn in self._idle.expired(now):
-            self.close(conn)
-        for conn in self._lingering.expired(now):
-            self.close(conn)
+            self._on_idle(conn, now)
+        for conn in self._endings.tick(now):
+            self._judge.on_cut_off(conn, now)
         self.listeners.tick(now)
         if self._last_call_at <= now:
             self._last_call(now)
@@ -404,9 +399,7 @@ class Clients:
             self._go_on(conn, now)
 
     def _on_glance(self, conn: Connection, now: float) -> None:
-        if conn.state is State.LINGERING:
-            self._drain(conn, now)
-        elif conn.state is State.ARRIVING:
+        if conn.state is State.ARRIVING:
             self._look(conn, now)
 
     def _on_quiet(self, conn: Connection, now: float) -> None:
@@ -423,6 +416,13 @@ class Clients:
         elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
             self._look(conn, now)
 
+    def _on_idle(self, conn: Connection, now: float) -> None:
+        """Its event may be among those of the next turn: with many, one turn does not see all."""
+        if conn.unread():
+            self._look(conn, now)
+        else:
+            self.close(conn)
+
     def _on_head_late(self, conn: Connection, now: float) -> None:
         if conn.arrived:
             self.answer(conn, head_too_late(self._serving.header_timeout), now)
@@ -438,9 +438,9 @@ class Clients:
         if now - conn.progress_at >= self._serving.receive_timeout:
             self.answer(conn, body_too_late(self._serving.receive_timeout), now)
         else:
-            self._time(conn, self._bodies, now)
+            self.time(conn, self._bodies, now)
 
-    def _time(self, conn: Connection, deadlines: Deadlines[Connection], now: float) -> None:
+    def time(self, conn: Connection, deadlines: Deadlines[Connection], now: float) -> None:
         """The one deadline of a connection's state, in place of the one before."""
         if conn.timer is not None and conn.timer is not deadlines:
             conn.timer.stop(conn)
@@ -457,13 +457,17 @@ class Clients:
         self._glances.stop(conn)
         self._quiet.stop(conn)
 
-    def _register(self, conn: Connection) -> None:
+    def watch(self, conn: Connection, more: int = 0) -> None:
+        """Have epoll tell what happens on the connection; no event is lost, one may come twice."""
+        mask = EDGE | more
         if not conn.registered:
-            conn.registered = True
-            self._epoll.register(conn.fd, EDGE)
+            self._epoll.register(conn.fd, mask)
+        elif conn.registered != mask:
+            self._epoll.modify(conn.fd, mask)
+        conn.registered = mask
 
     def _unregister(self, conn: Connection) -> None:
-        conn.registered = False
+        conn.registered = 0
         self._epoll.unregister(conn.fd)
 
 

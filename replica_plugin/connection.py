@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING
 from .channel import Address
 
 if TYPE_CHECKING:
+    from .channel import Report
     from .chunks import Chunks
     from .deadlines import Deadlines
     from .head import Head
+    from .rest import Rest
 
 
 SPARE = 1 << 17  # bytes of room for two of the largest segments
@@ -30,6 +32,7 @@ class State(Enum):
     ARRIVING = auto()  # nothing, or a part, of the next request has come
     WAITING = auto()  # its request is ready, and in the queue
     RUNNING = auto()  # its request was sent to a process
+    SENDING = auto()  # its slot is free, and has left us what the client has not taken yet
     LINGERING = auto()  # answered and half-closed; what still comes is thrown away
     CLOSED = auto()
 
@@ -39,8 +42,8 @@ class Connection:
 
     __slots__ = (
         "ahead", "arrived", "awaited", "carry", "chunks", "client", "fd", "head", "hung_up",
-        "local", "looked_at", "mark", "number", "progress_at", "ready_at", "registered",
-        "request", "server", "sock", "state", "timer", "touched",
+        "local", "looked_at", "mark", "number", "progress_at", "queued", "ready_at", "registered",
+        "report", "request", "rest", "server", "sock", "state", "timer", "touched",
     )  # fmt: skip
 
     def __init__(self, sock: socket.socket, client: Address, server: Address, local: bool) -> None:
@@ -59,10 +62,13 @@ class Connection:
         self.chunks: Chunks | None = None  # how far a chunked body was followed
         self.mark = 0  # SO_RCVLOWAT, if it was raised
         self.request = 0
+        self.report: Report | None = None  # what the slot said, while the rest is being sent
+        self.rest: Rest | None = None
+        self.queued = 0  # bytes of it in the kernel, when that was looked at last
         self.ready_at = 0.0
         self.looked_at = 0.0
         self.progress_at = 0.0
-        self.registered = False  # with epoll
+        self.registered = 0  # with epoll, for these events
         self.touched = False  # something may lie there beyond the request that was seen
         self.hung_up = False  # the client has sent its last byte
         self.timer: Deadlines[Connection] | None = None

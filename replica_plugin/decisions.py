@@ -174,6 +174,11 @@ class Decisions:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
         return self._rate.seconds_for(len(self.waiting) + 1, now)
 
+    def runs(self, age: int, request: int) -> bool:
+        """Whether this process was sent this request, and has not reported it."""
+        process = self.processes.get(age)
+        return process is not None and request in process.requests
+
     # Events from clients.
 
     def ready(self, request: int, now: float) -> list[Action]:
@@ -203,9 +208,9 @@ class Decisions:
         return self._changed()
 
     def freed(self, age: int, now: float) -> list[Action]:
-        """A slot that ran nothing of ours has come to wait: one credit."""
+        """A slot that ran nothing of ours has come to wait: one credit, and one a slot at most."""
         process = self.processes.get(age)
-        if process is None:
+        if process is None or (process.is_complete and not process.owed):
             return []
         process.free += 1
         if process.owed:
@@ -216,9 +221,9 @@ class Decisions:
 
     def done(self, age: int, request: int, now: float) -> list[Action]:
         """A slot has finished this request and waits for the next: one credit."""
-        process = self.processes.get(age)
-        if process is None or request not in process.requests:
+        if not self.runs(age, request):
             return []
+        process = self.processes[age]
         del process.requests[request]
         process.free += 1
         self.running -= 1

@@ -8,8 +8,8 @@ first what the master wants, so that a stop comes before requests that came afte
 of clients, so that one that has left is not run; then those of processes and listeners; then
 what is due.
 
-It reads the master's page when nudged and once a second, tells the replica's page that it
-lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
+It reads the master's page when nudged, tells the replica's page at least once a second that
+it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
 another one; what that must know lies in the pages and in the processes.
 """
 
@@ -38,7 +38,7 @@ from .processes import Link, Processes
 from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
 
-TURN = 1.0  # seconds the loop sleeps at most: the heartbeat, and a look at the master's page
+TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
 LAST_CALL = 1.0  # seconds that a client has to send a request after a stop began
 OVERTIME = 0.25  # seconds after graceful_timeout at which a stop ends, whatever is left to do
 
@@ -154,6 +154,7 @@ class Dispatcher:
             decisions.running,
             decisions.rules.bound,
             len(self._clients.connections),
+            self._clients.unsent,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -169,6 +170,9 @@ class Dispatcher:
 
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
         self._journal.answered(conn, answer, now)
+
+    def on_cut_off(self, conn: Connection, now: float) -> None:
+        self._journal.cut_off(now)
 
     @property
     def _is_ready(self) -> bool:
@@ -201,13 +205,22 @@ class Dispatcher:
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
+        if not self._decisions.runs(link.age, report.request):
+            if report.rest is not None:
+                report.rest.close()
+            return  # said twice, or of another process's request
         conn = self._requests.pop(report.request, None)
         self._perform(self._decisions.done(link.age, report.request, now), now)
         if conn is not None:
-            self._clients.give_back(conn, report.end, report.ahead, report.carry, now)
+            self._clients.give_back(conn, report, now)
+        elif report.rest is not None:  # we have answered already, in place of the slot
+            report.rest.close()
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
+
+    def on_nonsense(self, link: Link) -> None:
+        self._journal.error("Process %d says what no process of ours says: killing it", link.pid)
 
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()

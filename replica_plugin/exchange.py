@@ -90,8 +90,9 @@ class Exchange:
     def _report(self, end: End) -> Report:
         ahead = self._parser.unreader.buf.getvalue() if end is End.KEEP else b""
         if len(ahead) + len(self._carry) > LARGEST // 2:
-            return Report(Kind.DONE, self._job.request, End.LINGER)
-        return Report(Kind.DONE, self._job.request, end, ahead, self._carry)
+            ahead, end = b"", End.LINGER
+        rest = None if end is End.ABORT else self._sock.rest()
+        return Report(Kind.DONE, self._job.request, end, ahead, self._carry, rest)
 
     def _know_proxy(self) -> None:
         """The PROXY line comes once a connection; later requests are from the same client."""
@@ -129,16 +130,23 @@ class Exchange:
             self._after(environ, response)
 
     def _call_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
+        sock = self._sock
         body = self._worker.wsgi(environ, response.start_response)
+        if type(body) in (list, tuple):
+            sock.finish()
         try:
             if isinstance(body, environ["wsgi.file_wrapper"]):
+                sock.finish()
                 response.write_file(body)
             else:
                 for part in body:
+                    if _completes(part, response):
+                        sock.finish()
                     response.write(part)
-                    self._sock.flush()  # nothing, unless the part was empty
+                    sock.flush()  # nothing, unless the part was empty
+            sock.finish()
             response.close()
-            self._sock.flush()
+            sock.flush()
         finally:
             try:
                 self._log.access(response, self._request, environ, datetime.now() - began)
@@ -208,6 +216,12 @@ class Exchange:
         except OSError:
             return End.ABORT
         return End.LINGER
+
+
+def _completes(part: Any, response: Any) -> bool:
+    """Whether this part of the body is the last, as its Content-Length says."""
+    length = response.response_length
+    return length is not None and type(part) is bytes and response.sent + len(part) >= length
 
 
 class _CutShortError(Exception):

@@ -4,14 +4,20 @@
 
 Under our workers the dispatcher keeps the cap and this adds nothing to it. Everywhere else
 (flask run, waitress, uWSGI, mod_wsgi, gunicorn's own workers) a semaphore keeps
-`threads_per_process` per process; but not in an app with `TESTING` set, unless
-`REPLICA_ENABLED` says so.
+`threads_per_process` per process, for all its apps together (middleware.py).
+
+`REPLICA_ENABLED` in the app's config, which may change at any time, switches that:
+
+    not set   on, but not while `TESTING` is set, nor for requests of `app.test_client()`
+    False     off
+    True      on, for tests of the cap itself
 
 No state of an app is kept here: one object may serve many apps.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from . import stats
@@ -26,7 +32,6 @@ if TYPE_CHECKING:
     from .stats import Stats
 
 ENABLED = "REPLICA_ENABLED"
-"""Flask's config: False switches the extension off, True keeps it on while testing."""
 
 
 class Replica:
@@ -40,7 +45,12 @@ class Replica:
         return f"<{type(self).__name__} extension>"
 
     def init_app(self, app: Flask) -> None:
-        """Register with an app, before it serves. A second time changes nothing."""
+        """Register with an app, before it serves. A second time changes nothing.
+
+        Unless a dispatcher is at work, `replica.yaml` is read here, so that a mistake in it
+        (ConfigError, which names all of them) ends the start of a server instead of failing
+        each of its requests.
+        """
         if "replica" in app.extensions:
             return
         from .middleware import ReplicaMiddleware
@@ -50,12 +60,16 @@ class Replica:
         app.wsgi_app = _Switch(app, middleware)  # type: ignore[method-assign]
 
     def stats(self) -> Stats:
-        """The numbers of the whole replica, in any of its processes; cheap.
+        """The numbers of the whole replica, in any of its processes and threads; cheap.
 
-        Without a dispatcher they are those of this process and of the current app (the only
-        one there is, outside of a request).
+        Without a dispatcher they are those of this process (`whole` is False).
         """
-        return stats.read(None if stats.shared() else _middleware().gate)
+        whole = stats.of_replica()
+        if whole is not None:
+            return whole
+        from .cap import of_process
+
+        return stats.of_gate(of_process().gate)
 
     @property
     def waited(self) -> float:
@@ -63,13 +77,6 @@ class Replica:
         from flask import request
 
         return float(request.environ.get(WAITED, 0.0))
-
-
-def _middleware() -> ReplicaMiddleware:
-    from flask import current_app
-
-    middleware: ReplicaMiddleware = current_app.extensions["replica"]
-    return middleware
 
 
 class _Switch:
@@ -82,6 +89,26 @@ class _Switch:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         enabled = self._app.config.get(ENABLED)
         if enabled is None:
-            enabled = not self._app.testing
+            enabled = not (self._app.testing or _is_test_client(environ))
         chosen = self._middleware if enabled else self._middleware.app
         return chosen(environ, start_response)
+
+
+def _is_test_client(environ: dict[str, Any]) -> bool:
+    """Whether the request comes from `app.test_client()`, or another client of werkzeug's.
+
+    A test may hold a response open and ask for the next one in the same thread, which would
+    wait for itself. A client leaves its Request in the environment; but so may a middleware
+    under a server, which must not lose the cap for it. So one that has a Request is asked
+    for its callers, too: werkzeug's function is among them for a client only.
+    """
+    if "werkzeug.request" not in environ:
+        return False
+    from werkzeug.test import run_wsgi_app
+
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is run_wsgi_app.__code__:
+            return True
+    return False

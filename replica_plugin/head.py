@@ -13,10 +13,13 @@ from typing import NamedTuple
 
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 _LINE = re.compile(rb"([!-~]+) ([!-~]+) HTTP/(\d\.\d)\r\n")
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*0*(\d*)[ \t]*(?=\r\n)")
+
+# No two neighbours of these patterns match the same bytes: else a client's long run of blanks or
+# zeros would be split between them in every possible way, which takes all day.
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(?:(\d+)[ \t]*)?(?=\r\n)")
 _CODINGS = re.compile(rb"\r\ntransfer-encoding:([^\r\n]*)(?=\r\n)")
 _BEFORE_CHUNKED = (b"identity", b"gzip", b"deflate", b"compress")
-_CONNECTION = re.compile(rb"\r\nconnection:[ \t]*([^\r\n]*?)[ \t]*\r\n", re.IGNORECASE)
+_CONNECTION = re.compile(rb"\r\nconnection:([^\r\n]*)\r\n", re.IGNORECASE)
 _PLAIN = re.compile(
     rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/1\.\d\r\n"
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*\r\n"
@@ -126,7 +129,7 @@ def _parse(text: bytes, size: int) -> Head:
     length, chunked, framed = 0, False, False
     if b"\ncontent-length" in lower:
         lengths, framed = _LENGTH.findall(lower), True
-        length = int(lengths[0][:18] or 0) if len(lengths) == 1 else 0
+        length = int(lengths[0].lstrip(b"0")[:18] or 0) if len(lengths) == 1 else 0
     if b"\ntransfer-encoding" in lower:
         chunked = not framed and version > b"1.0" and _is_chunked(lower)
         length, framed = 0, True

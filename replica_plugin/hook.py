@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
 
-from . import boot
+from . import boot, stats
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError
 
@@ -119,6 +119,7 @@ def _when_ready(arbiter: Arbiter) -> None:
         gc.collect()
         gc.freeze()  # else the collector would write to, and so copy, what processes share
     _master = Master(arbiter, _loaded.settings)
+    stats.share(_master.replica_page)
     _wrap(arbiter, _master)
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
@@ -214,8 +215,10 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         _after_reload(arbiter, ours)
 
     def wrapped_reload() -> None:
-        reload()
-        ours.restore_timeout()
+        try:
+            reload()
+        finally:
+            ours.restore_timeout()
 
     def wrapped_usr1() -> None:
         handle_usr1()

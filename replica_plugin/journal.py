@@ -88,11 +88,19 @@ class Journal:
     def answered(self, conn: Connection, answer: Answer, now: float) -> None:
         """A request was answered without a slot, or in place of a slot that died."""
         self._access(conn, answer, max(0.0, now - conn.ready_at) if conn.ready_at else 0.0)
+        self._warn(f"{answer.status}: {answer.text}", now)
+
+    def cut_off(self, now: float) -> None:
+        """A client has taken nothing of its response for too long."""
+        self._warn("A client took nothing for send_timeout: cut off", now)
+
+    def _warn(self, text: str, now: float) -> None:
+        """Say it at once, or, if something was said a moment ago, in a while with a count."""
         if self._quiet_until is None:
-            self._logger.warning("%s: %s", answer.status, answer.text)
+            self._logger.warning("%s", text)
             self._quiet_until = now + QUIET
         else:
-            self._held[f"{answer.status}: {answer.text}"] += 1
+            self._held[text] += 1
 
     def next_deadline(self) -> float:
         return math.inf if self._quiet_until is None else self._quiet_until

@@ -1,117 +1,76 @@
 """The cap for any WSGI app, wherever it is served.
 
-Under our workers a request comes with the time it has waited, and passes: the dispatcher
-keeps the cap, and there is no second queue. Under any other server a gate (gate.py) keeps
-`threads_per_process` per process, with the bound and the wait limit per process, too.
+    application = ReplicaMiddleware(application)
 
-A permit is given back when the response's body is closed, as PEP 3333 has every server do;
-or when the body is garbage, for a caller that does not.
+Under our workers every request passes: the dispatcher keeps the cap, and there is no second
+queue. Under any other server a gate (gate.py) keeps `threads_per_process` per process, with
+the bound and the wait limit per process, too. All apps of a process share the gate, and a
+request that passes through several of them takes one slot.
+
+To test an app without its cap, call the app inside.
 """
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from .answers import refusal
-from .config.load import load
+from . import stats
+from .cap import Cap, of_process
 from .config.settings import Settings
-from .decisions import Rules
 from .environ import WAITED
-from .gate import Gate, TurnedAwayError
+from .gate import TurnedAwayError
+from .permit import Files, Permitted
 
 App = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
-
-log = logging.getLogger(__name__)
 
 
 class ReplicaMiddleware:
     """A WSGI app around another one, with at most `threads_per_process` requests in it.
 
-    `settings` default to those of `replica.yaml` and the environment, which are read with
-    the first request that no dispatcher has let in; errors in them raise ConfigError.
+    The settings are those of `replica.yaml` and the environment, read once a process. A
+    mistake in them raises ConfigError here, when the app is made: a server should not come
+    up with it, and no request should have to find it. Under our workers nothing is read:
+    gunicorn's master has done so. With `settings` of its own a middleware has a cap of its own.
+
+    For how many seconds a request waited is in its environment: `replica_plugin.waited`.
     """
 
     def __init__(self, app: App, settings: Settings | None = None) -> None:
         self.app = app
-        self.settings = settings
-        self._gate: Gate | None = None
-        self._making = threading.Lock()
+        self._cap: Cap | None = None
+        if settings is not None:
+            self._cap = Cap(settings, "the app")
+        elif not stats.shared():
+            self._cap = of_process()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
         """Serve a request when there is a slot for it."""
-        if WAITED in environ:
+        if self._cap is None or WAITED in environ or stats.shared():
             return self.app(environ, start_response)
-        gate = self._gate or self._make_gate()
+        self._cap.tell()
         came = time.monotonic()
         try:
-            gate.enter()
+            self._cap.gate.enter()
         except TurnedAwayError as turned:
-            return self._refuse(gate, turned, environ, start_response)
+            return self._cap.refuse(turned, environ, start_response)
         environ[WAITED] = time.monotonic() - came
+        return self._call(self._cap, environ, start_response)
+
+    def stats(self) -> stats.Stats:
+        """The numbers of the whole replica; without a dispatcher, those of this process."""
+        return stats.of_replica() or stats.of_gate((self._cap or of_process()).gate)
+
+    def _call(self, cap: Cap, environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+        """Call the app with a slot, which goes back with what it returns or raises."""
         try:
-            return Permitted(self.app(environ, start_response), gate)
+            with Files(environ) as files:
+                body = self.app(environ, start_response)
         except BaseException:
-            gate.leave()
+            cap.gate.leave()
             raise
-
-    @property
-    def gate(self) -> Gate | None:
-        """This process's semaphore; None while only a dispatcher's requests have come."""
-        return self._gate
-
-    def _make_gate(self) -> Gate:
-        """Once a process, which the log says."""
-        with self._making:
-            if self._gate is None:
-                settings = self.settings = self.settings or load().settings
-                self._gate = Gate(
-                    settings.threads_per_process,
-                    settings.max_replica_concurrency,
-                    settings.queue_timeout,
-                )
-                log.warning(
-                    "No dispatcher under this server: a semaphore keeps threads_per_process (%d) "
-                    "in each process; that all slots of the replica are used before a request "
-                    "waits (P1), one queue (P3) and one bound (P4) for it are not promised.",
-                    settings.threads_per_process,
-                )
-            return self._gate
-
-    def _refuse(
-        self, gate: Gate, turned: TurnedAwayError, environ: dict[str, Any], start_response: Any
-    ) -> Iterable[bytes]:
-        assert self.settings is not None
-        rules = Rules(1, gate.slots, gate.bound, gate.timeout)
-        status = self.settings.overload_status
-        answer = refusal(turned.why, rules, status, gate.retry_after())
-        return answer.as_wsgi(environ, start_response)
-
-
-class Permitted:
-    """A response body with a permit, which goes back exactly once."""
-
-    def __init__(self, body: Iterable[bytes], gate: Gate) -> None:
-        self._body = body
-        self._permit = threading.Lock()  # taken once, by whoever gives the permit back
-        self._gate = gate
-
-    def __iter__(self) -> Iterator[bytes]:
-        return iter(self._body)
-
-    def close(self) -> None:
-        """Close the app's body, then give the permit back."""
-        if not self._permit.acquire(blocking=False):
-            return
-        try:
-            close = getattr(self._body, "close", None)
-            if close is not None:
-                close()
-        finally:
-            self._gate.leave()
-
-    def __del__(self) -> None:
-        self.close()
+        if files.sends(body):
+            cap.gate.leave()
+            return body
+        return Permitted(body, cap.gate)

@@ -28,7 +28,7 @@ _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 _LOAD_SIZE = 1 << 14
 _LOADED_OFFSET = 16
-_NUMBERS = struct.Struct("@dQQQQQQQ")  # native: each number is one aligned word
+_NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
 
@@ -82,6 +82,7 @@ class Numbers(NamedTuple):
     """The replica in numbers.
 
     `beat` is the monotonic time of the dispatcher's last turn; infinity once it has ended well.
+    `unsent` are bytes of responses that slots have left to the dispatcher.
     """
 
     beat: float = 0.0
@@ -92,6 +93,7 @@ class Numbers(NamedTuple):
     running: int = 0
     bound: int = 0
     connections: int = 0
+    unsent: int = 0
 
 
 class ReplicaPage:

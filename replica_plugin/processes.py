@@ -3,7 +3,9 @@
 1. A process is known from its REGISTER until its pidfd fires; the end of its channel
    means nothing, since a child that the app forked may hold the other end open.
 2. What a process reported before it died counts: the channel is read to its end first.
-3. Nothing here waits. A job that cannot be delivered now goes back (`unsent`), and the
+3. What a process says that nobody understands ends that process, never us: it may have lost a
+   report of a slot, and dead it is replaced.
+4. Nothing here waits. A job that cannot be delivered now goes back (`unsent`), and the
    process is sent nothing until its channel has room.
 """
 
@@ -12,13 +14,14 @@ from __future__ import annotations
 import errno
 import os
 import select
+import signal
 import socket
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
 from .channel import (
-    LARGEST,
     LEAVE,
     VERSION,
     WELCOME,
@@ -29,6 +32,7 @@ from .channel import (
     close_all,
     decode_report,
     receive_control,
+    receive_now,
     send,
     send_job,
 )
@@ -59,6 +63,7 @@ class Office(Protocol):
     def on_registered(self, link: Link, again: bool, leaving: bool) -> None: ...
     def on_report(self, link: Link, report: Report, now: float) -> None: ...
     def on_sendable(self, link: Link, now: float) -> None: ...
+    def on_nonsense(self, link: Link) -> None: ...
     def on_death(self, link: Link, now: float) -> None: ...
     def on_adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None: ...
 
@@ -75,7 +80,6 @@ class Processes:
         self._by_channel: dict[int, Link] = {}
         self._by_pidfd: dict[int, Link] = {}
         self._own_pidfd = os.pidfd_open(os.getpid())
-        self._buffer = bytearray(LARGEST)
         epoll.register(control.fileno(), select.EPOLLIN)
 
     def on_event(self, fd: int, mask: int, now: float) -> None:
@@ -84,7 +88,7 @@ class Processes:
             self._on_control(mask, now)
         elif fd in self._by_channel:
             self._on_channel(self._by_channel[fd], mask, now)
-        elif fd in self._by_pidfd:
+        elif fd in self._by_pidfd and _is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
 
     # What processes say.
@@ -94,12 +98,12 @@ class Processes:
         while True:
             try:
                 message, fds = receive_control(self._control)
-            except BlockingIOError:
+            except OSError:  # nothing there, or no memory now
                 return
             if isinstance(message, Register) and message.version == VERSION:
                 self._register(message, fds, now)
             elif isinstance(message, Adopt):
-                self._office.on_adopt(message, socket.socket(fileno=fds[0]), now)
+                self._adopt(message, fds[0], now)
             else:
                 close_all(fds)
                 if not fds:
@@ -107,19 +111,22 @@ class Processes:
         if mask & select.EPOLLHUP:
             self._epoll.unregister(self._control.fileno())
 
+    def _adopt(self, adopt: Adopt, fd: int, now: float) -> None:
+        try:
+            sock = socket.socket(fileno=fd)
+        except OSError:  # it is none
+            os.close(fd)
+        else:
+            self._office.on_adopt(adopt, sock, now)
+
     def _register(self, offer: Register, fds: list[int], now: float) -> None:
-        channel, cells, pidfd = fds
-        link = Link(
-            offer.age,
-            offer.pid,
-            offer.slots,
-            socket.socket(fileno=channel),
-            Cells(offer.slots, cells),
-            pidfd,
-        )
-        os.close(cells)
+        link = _tie(offer, fds)
+        if link is None:
+            return
         try:
             send(link.channel, WELCOME, self._own_pidfd)
+            if _is_dead(link.pidfd):
+                raise ProcessLookupError
         except OSError:  # the process is dead, or has made another offer meanwhile
             self._release(link)
             return
@@ -144,18 +151,28 @@ class Processes:
 
     def _reports(self, link: Link) -> Iterator[Report]:
         """What lies on the channel; when it has ended, it is not listened to any more."""
-        view = memoryview(self._buffer)
         while link.open:
             try:
-                size = link.channel.recv_into(view, 0, socket.MSG_DONTWAIT)
+                data, fds = receive_now(link.channel)
             except BlockingIOError:
                 return
             except OSError:
-                size = 0
-            if size:
-                yield decode_report(bytes(view[:size]))
-            else:
+                data, fds = b"", []
+            try:
+                report = decode_report(data, fds) if data else None
+            except ValueError:
+                self._on_nonsense(link)
+                return
+            if report is None:
                 self._close_channel(link)
+            else:
+                yield report
+
+    def _on_nonsense(self, link: Link) -> None:
+        self._office.on_nonsense(link)
+        self._close_channel(link)
+        with suppress(OSError):  # it is dead already
+            signal.pidfd_send_signal(link.pidfd, signal.SIGKILL)
 
     def _on_death(self, link: Link, now: float) -> None:
         for report in self._reports(link):
@@ -214,3 +231,23 @@ class Processes:
             self.dismiss(link.age)
         else:
             self._office.on_sendable(link, now)
+
+
+def _tie(offer: Register, fds: list[int]) -> Link | None:
+    """None, and the descriptors closed, if they are not what a process offers."""
+    channel, cells, pidfd = fds
+    try:
+        memory = Cells(offer.slots, cells)
+        sock = socket.socket(fileno=channel)
+    except (OSError, OverflowError, ValueError):
+        close_all(fds)
+        return None
+    os.close(cells)
+    return Link(offer.age, offer.pid, offer.slots, sock, memory, pidfd)
+
+
+def _is_dead(pidfd: int) -> bool:
+    """Whether the process has ended; whatever is no pidfd counts as dead, too."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(0))

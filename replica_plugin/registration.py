@@ -81,14 +81,19 @@ class Registration:
             self._offer(now)
 
     def _offer(self, now: float) -> None:
-        ours, theirs = pair()
+        self._offered_at = now
+        try:
+            ours, theirs = pair()
+        except OSError as error:  # the app has all the descriptors; perhaps not in a moment
+            self._log.debug("No channel can be made: %s", error)
+            return
         offer = self._describe(self._was_registered)
         try:
             send_register(self._control, offer, theirs.fileno(), self._cells, self._own_pidfd)
         except OSError as error:
             self._log.debug("No dispatcher takes registrations: %s", error)
         theirs.close()
-        self._offered, self._offered_at = ours, now
+        self._offered = ours
         self._poll.register(ours, select.POLLIN)
 
     def _withdraw(self) -> None:

@@ -30,10 +30,12 @@ from .channel import (
     Report,
     decode_job,
     receive,
+    send_rest,
 )
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
 from .pages import Cells
+from .rest import Rest
 
 
 class Process(Worker, Protocol):
@@ -45,6 +47,7 @@ class Process(Worker, Protocol):
     def dismissed(self, channel: socket.socket) -> None: ...
     def lost(self, channel: socket.socket) -> None: ...
     def offer(self, adopt: Adopt, sock: socket.socket) -> None: ...
+    def room_for_rest(self) -> int: ...
 
 
 class Slot:
@@ -88,7 +91,13 @@ class Slot:
             self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
             return
         self._cells.begin(self._index, job.request)
-        sock = ClientSocket(_family(job.client), socket.SOCK_STREAM, fds[0], self._on_first_byte)
+        sock = ClientSocket(
+            _family(job.client),
+            socket.SOCK_STREAM,
+            fds[0],
+            self._on_first_byte,
+            self._worker.room_for_rest,
+        )
         self._sock = sock
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
@@ -109,12 +118,25 @@ class Slot:
 
     def _report(self, channel: socket.socket, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
-        if not self._say(channel, report.encode()) and report.end is End.KEEP:
+        if report.rest is not None and not self._leave_rest(channel, report, report.rest):
+            report = _send_rest(report, sock)
+        told = report.rest is not None or self._say(channel, report.encode())
+        if not told and report.end is End.KEEP:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
         self._sock = None
         sock.close()
+
+    def _leave_rest(self, channel: socket.socket, report: Report, rest: Rest) -> bool:
+        """Report with the rest; False if that is not possible, and nothing was said."""
+        try:
+            send_rest(channel, report, rest)
+        except OSError:
+            return False
+        finally:
+            rest.close()
+        return True
 
     def _say(self, channel: socket.socket, message: bytes) -> bool:
         """Tell the dispatcher; False if it is dead."""
@@ -124,6 +146,15 @@ class Slot:
             self._worker.lost(channel)
             return False
         return True
+
+
+def _send_rest(report: Report, sock: ClientSocket) -> Report:
+    """Nobody takes the rest: send it here, and report without it."""
+    try:
+        sock.send_left()
+    except OSError:
+        return report._replace(end=End.ABORT, rest=None)
+    return report._replace(rest=None)
 
 
 def _family(client: Address) -> int:

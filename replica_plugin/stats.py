@@ -1,7 +1,8 @@
 """The replica in numbers, for whoever asks in any of its processes.
 
-The dispatcher writes a page (pages.py) that every process of ours has; asking is reading
-memory. Where there is no dispatcher, the numbers are those of this process's gate.
+The dispatcher writes a page (pages.py) that gunicorn's master has and passes on to all it
+forks; asking is reading memory. Where there is no dispatcher, the numbers are those of this
+process's gate.
 """
 
 from __future__ import annotations
@@ -13,15 +14,15 @@ if TYPE_CHECKING:
     from .gate import Gate
     from .pages import ReplicaPage
 
-_page: ReplicaPage | None = None  # set once, by the worker, before its app runs
+_page: ReplicaPage | None = None  # set once, by gunicorn's master, before it forks
 
 
 @dataclass(frozen=True)
 class Stats:
     """The replica at one moment; of this process alone if `whole` is False.
 
-    `processes` are usable ones, `slots` all they have. `in_flight` is `waiting` plus
-    `running`, and never above `max_replica_concurrency`.
+    `processes` are usable ones, `slots` all they have. Numbers that change together are
+    written one after the other, so that one may be newer than the next.
     """
 
     processes: int
@@ -41,7 +42,7 @@ class Stats:
 
 
 def share(page: ReplicaPage) -> None:
-    """This process belongs to a replica with a dispatcher, which writes this page."""
+    """This process, and what it forks, belong to a replica with a dispatcher, which writes this."""
     global _page
     _page = page
 
@@ -51,18 +52,14 @@ def shared() -> bool:
     return _page is not None
 
 
-def read(gate: Gate | None) -> Stats:
-    """The numbers of the replica, or of the gate, or of a process that has served nothing yet."""
-    if _page is not None:
-        numbers = _page.read()
-        return Stats(
-            numbers.processes,
-            numbers.slots,
-            numbers.running,
-            numbers.waiting,
-            numbers.bound,
-            True,
-        )
-    if gate is None:
-        return Stats(1, 0, 0, 0, 0, False)
+def of_replica() -> Stats | None:
+    """The numbers of the whole replica; None where there is no dispatcher."""
+    if _page is None:
+        return None
+    now = _page.read()
+    return Stats(now.processes, now.slots, now.running, now.waiting, now.bound, True)
+
+
+def of_gate(gate: Gate) -> Stats:
+    """The numbers of a process that keeps its cap by itself."""
     return Stats(1, gate.slots, gate.running, gate.waiting, gate.bound, False)

@@ -27,7 +27,7 @@ from typing import Any
 
 from gunicorn.workers.base import Worker
 
-from . import hook, stats
+from . import hook
 from .channel import LEAVING, Adopt, Register, send_adopt
 from .exchange import Settled
 from .loading import Loading
@@ -70,8 +70,10 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 "`from replica_plugin.conf import *`, and leave check_config to its worker class."
             )
             sys.exit(3)
-        stats.share(master.replica_page)
         self._master = master
+        self._replica_page = master.replica_page
+        self._response_buffer = master.settings.response_buffer
+        self._response_buffer_total = master.settings.response_buffer_total
         self._control = master.offer_socket()
         master.in_worker()
         self.sockets: list[Any] = []
@@ -153,6 +155,15 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             send_adopt(self._control, adopt, sock.fileno())
         except OSError as error:
             self.log.debug("A kept-alive connection could not be handed back: %s", error)
+
+    def room_for_rest(self) -> int:
+        """How many bytes of a response a slot may leave to the dispatcher now.
+
+        Of all together the dispatcher's page tells; so they may exceed response_buffer_total by
+        what slots leave at one and the same moment, p*t times response_buffer at most.
+        """
+        unsent = self._replica_page.read().unsent
+        return min(self._response_buffer, max(0, self._response_buffer_total - unsent))
 
     def count_request(self) -> None:
         """A slot is about to call the app; after max_requests the process asks to leave."""

@@ -29,7 +29,8 @@ class Starter:
         folder = self._folder / f"server{len(self.servers)}"
         folder.mkdir()
         env = {**self.environment, **options.pop("env", {})}
-        server = Server(folder, *arguments, env=env, **options)
+        kind = options.pop("kind", Server)
+        server = kind(folder, *arguments, env=env, **options)
         self.servers.append(server)
         return server
 

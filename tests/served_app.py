@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
+import sys
 import threading
 import time
 
@@ -77,6 +79,12 @@ def numbers(environ, start_response, rest):
     )
 
 
+def blocks(environ, start_response, rest):
+    """How many blocks of memory Python's objects take in this process."""
+    gc.collect()
+    return as_json(start_response, {"pid": os.getpid(), "blocks": sys.getallocatedblocks()})
+
+
 def sleep(environ, start_response, seconds):
     began = time.monotonic()
     time.sleep(float(seconds))
@@ -121,6 +129,23 @@ class Stream:
 
     def close(self):
         hold(self._environ, lambda *_: None, f"{self._name}-closing")
+
+
+def large(environ, start_response, rest):
+    """`large/MIB/HOW`: so many MiB, told apart by their place; HOW the app hands them over."""
+    mib, how = rest.split("/")
+    part = b"".join(n.to_bytes(8, "big") for n in range(1 << 17))
+    body = part * int(mib)
+    length = [("Content-Length", str(len(body)))]
+    start_response("200 OK", [] if how in ("list", "chunked") else length)
+    if how in ("one", "list"):
+        return [body]
+    return (body[at : at + 65536] for at in range(0, len(body), 65536))
+
+
+def held_large(environ, start_response, name):
+    hold(environ, lambda *_: None, name)
+    return large(environ, start_response, "8/one")
 
 
 def stream(environ, start_response, count):
@@ -187,6 +212,7 @@ def empty(environ, start_response, rest):
 
 HANDLERS = {
     "begun": begun,
+    "blocks": blocks,
     "burn": burn,
     "cancelled": cancelled,
     "close": close,
@@ -197,9 +223,11 @@ HANDLERS = {
     "fail": fail,
     "fail-late": fail_late,
     "file": file,
+    "held-large": held_large,
     "hello": hello,
     "hold": hold,
     "ignore": ignore,
+    "large": large,
     "leave": leave,
     "numbers": numbers,
     "oserror": oserror,

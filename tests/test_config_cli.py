@@ -99,6 +99,8 @@ def test_check_shows_the_settings_and_what_they_mean(
         "queue_timeout               90s     REPLICA_QUEUE_TIMEOUT\n"
         "overload_status             503     default\n"
         "request_buffer              1Mi     default\n"
+        "response_buffer             8Mi     default\n"
+        "response_buffer_total       256Mi   default\n"
         "header_timeout              10s     default\n"
         "receive_timeout             30s     default\n"
         "send_timeout                30s     default\n"

@@ -222,8 +222,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
     ("key", "value", "seen"),
     [
         ("request_timeout", "5s", '"5s"'),
-        ("response_buffer", "8Mi", '"8Mi"'),
-        ("response_buffer_total", "1024", "1024"),
         ("exempt", "[/a, /b]", "a list"),
         ("overload_dry_run", "false", "false"),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),

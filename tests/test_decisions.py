@@ -40,6 +40,15 @@ def test_requests_go_to_the_process_that_runs_fewest_and_the_rest_wait():
     assert repr(decisions) == "<Replica 4/4 running, 1 waiting>"
 
 
+def test_a_process_that_says_too_often_that_it_is_free_has_a_credit_a_slot():
+    decisions = Decisions(Rules(processes=2, threads=1))
+    join(decisions, 1, 1)
+    assert decisions.freed(1, 0.0) == []
+    assert arrive(decisions, 1, 2) == [Send(1, 1)]
+    assert decisions.freed(1, 0.0) == []
+    assert decisions.done(1, 1, 0.0) == [Send(2, 1)]
+
+
 def test_of_two_idle_processes_the_longest_unused_takes_the_request():
     decisions = replica(2, 1)
     assert arrive(decisions, 1) == [Send(1, 2)]

@@ -250,12 +250,12 @@ class Histories(RuleBasedStateMachine):
         events += world.events
 
 
-def run(examples: int) -> None:
+def run(examples: int, steps: int) -> None:
     run_state_machine_as_test(
         Histories,
         settings=settings(
             max_examples=examples,
-            stateful_step_count=STEPS,
+            stateful_step_count=steps,
             deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
@@ -263,9 +263,10 @@ def run(examples: int) -> None:
 
 
 def test_no_history_breaks_a_promise() -> None:
-    run(EXAMPLES)
+    run(EXAMPLES, STEPS)
 
 
 @pytest.mark.slow
-def test_no_history_of_ten_times_as_many_breaks_a_promise() -> None:
-    run(10 * EXAMPLES)
+def test_no_history_that_is_twice_as_long_breaks_a_promise() -> None:
+    """Some 150,000 events, beside the 80,000 of the shorter histories."""
+    run(EXAMPLES, 2 * STEPS)

@@ -1,83 +1,119 @@
-"""Each example is started and asked as its README says."""
+"""Each example does what its README says, and runs as many requests at once as its yaml says."""
 
 from __future__ import annotations
 
-import json
+import os
 import re
-import shlex
-import shutil
-import time
-from http.client import HTTPConnection
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
-from replica_plugin.demo.server import Server
+import pytest
+import yaml
+from conftest import Starter
+from readme import EXAMPLES, Reader
+from server import Pending, Server, wait_for
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-DEADLINE = 120
+PATHS = {"digits_cpu": "/", "digits_s3": "/predict/7", "shop": "/products"}
+"""What to ask each example for."""
 
-
-def test_digits_cpu_predicts_and_stops_completely(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(EXAMPLES / "digits_cpu", tmp_path / "digits_cpu"))
-    readme = (folder / "README.md").read_text()
-    with Server(_command(readme, "gunicorn"), folder) as server:
-        port = server.wait_until_ready(DEADLINE)
-        answer = _post(port, _command(readme, "curl"))
-        family = _descendants(server.pid)
-    assert answer["digit"] == 0
-    assert 0 < answer["probability"] <= 1
-    assert len(family) >= 2
-    _wait_until_gone(family)
+digits_s3 = pytest.mark.parametrize("example", ["digits_s3"], indirect=True)
+shop = pytest.mark.parametrize("example", ["shop"], indirect=True)
 
 
-def _command(readme: str, program: str) -> list[str]:
-    """The arguments of the command in the README that starts with `program`."""
-    found = re.search(rf"^{program} .*$", readme, re.MULTILINE)
-    assert found
-    return shlex.split(found[0])[1:]
+@pytest.fixture(scope="module", params=PATHS)
+def example(request: pytest.FixtureRequest, module_start: Starter) -> Iterator[Reader]:
+    """An example whose README has been followed; its servers still run."""
+    with Reader(request.param, module_start) as reader:
+        reader.follow()
+        yield reader
 
 
-def _post(port: int, curl: list[str]) -> dict[str, float]:
-    header, body = (curl[curl.index(option) + 1] for option in ("-H", "-d"))
-    name, value = header.split(": ")
-    connection = HTTPConnection("127.0.0.1", port, timeout=DEADLINE)
-    try:
-        connection.request("POST", urlsplit(curl[-1]).path, body, {name: value})
-        response = connection.getresponse()
-        assert response.status == 200
-        answer: dict[str, float] = json.loads(response.read())
-        return answer
-    finally:
-        connection.close()
+def slots(example: Reader) -> tuple[int, int]:
+    """p and t, as the example's replica.yaml has them."""
+    settings = yaml.safe_load((example.folder / "replica.yaml").read_text())
+    return settings["processes_per_replica"], settings["threads_per_process"]
 
 
-def _descendants(pid: int) -> set[tuple[int, str]]:
-    """All children and children's children, each with its start time: process ids come back."""
-    stats = {int(path.parent.name): _stat(path) for path in Path("/proc").glob("[0-9]*/stat")}
-    found, parents = set(), [pid]
-    while parents:
-        parent = str(parents.pop())
-        children = [child for child, stat in stats.items() if stat[1:2] == [parent]]
-        found |= {(child, stats[child][19]) for child in children}
-        parents += children
+def test_the_readme_of_an_example_shows_what_its_commands_print(example: Reader) -> None:
+    assert any(command.output for command in example.commands)
+    assert [command for command in example.commands if not command.is_true()] == []
+
+
+def test_an_example_runs_as_many_requests_at_once_as_its_replica_yaml_says(
+    example: Reader, module_start: Starter
+) -> None:
+    server, stage, path = example.server, module_start.stage, PATHS[example.name]
+    processes, threads = slots(example)
+    asked = [
+        Pending(lambda: server.get(path, X_Stage="yes")) for _ in range(processes * threads + 1)
+    ]
+    running = stage.take(processes * threads)
+    server.wait_numbers(running=processes * threads, waiting=1)
+    assert stage.is_empty()
+    assert [*Counter(actor.pid for actor in running).values()] == [threads] * processes
+    for actor in running:
+        actor.finish()
+    stage.next().finish()
+    assert {each.result().status for each in asked} == {200}
+
+
+@digits_s3
+def test_while_the_bucket_is_silent_every_thread_waits_for_it_and_one_request_for_a_thread(
+    example: Reader,
+) -> None:
+    server, bucket = example.server, example.background["moto_server"]
+    processes, threads = slots(example)
+    bucket.send_signal(signal.SIGSTOP)
+    asked = [server.later("/predict/7") for _ in range(processes * threads + 1)]
+    server.wait_numbers(running=processes * threads, waiting=1)
+    wait_for(lambda: fetches(server, example.ports[9000]) == [threads] * processes, "fetches")
+    bucket.send_signal(signal.SIGCONT)
+    assert [each.result().json for each in asked] == [{"digit": 7}] * len(asked)
+
+
+def fetches(server: Server, port: int) -> list[int]:
+    """How many connections each of a server's processes has to a port of this machine."""
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    established = [row for row in rows if row[2:4] == [f"0100007F:{port:04X}", "01"]]
+    sockets = {f"socket:[{row[9]}]" for row in established}
+    return [sum(link in sockets for link in descriptors(pid)) for pid in server.workers]
+
+
+def descriptors(pid: int) -> list[str]:
+    """What a process has open."""
+    found = []
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.append(os.readlink(path))
     return found
 
 
-def _stat(path: Path) -> list[str]:
-    """The fields of /proc/PID/stat from the state on; none if the process has ended."""
-    try:
-        return path.read_text().rpartition(") ")[2].split()
-    except OSError:
-        return []
+@shop
+def test_orders_at_once_sell_what_is_there_and_no_more(example: Reader) -> None:
+    def order() -> int:
+        with example.server.connect() as client:
+            body = b'{"product": 3, "quantity": 300}'
+            client.ask("/orders", "POST", body, Content_Type="application/json")
+            return client.reply().status
+
+    orders = [Pending(order) for _ in range(8)]
+    assert Counter(each.result() for each in orders) == {201: 3, 409: 5}
+    assert example.server.get("/products/3").json["stock"] == 100
 
 
-def _wait_until_gone(family: set[tuple[int, str]]) -> None:
-    deadline = time.monotonic() + DEADLINE
-    while left := {(pid, start) for pid, start in family if _lives(pid, start)}:
-        assert time.monotonic() < deadline, f"still there: {left}"
-        time.sleep(0.02)
+@shop
+def test_under_flask_run_the_app_that_was_there_before_has_a_semaphore(example: Reader) -> None:
+    assert "a semaphore keeps threads_per_process (4) in each process" in example.log("flask")
 
 
-def _lives(pid: int, start: str) -> bool:
-    stat = _stat(Path(f"/proc/{pid}/stat"))
-    return stat[19:20] == [start] and stat[0] != "Z"
+def test_the_app_that_was_there_before_took_two_lines() -> None:
+    code = "".join(path.read_text() for path in (EXAMPLES / "shop").rglob("*.py"))
+    ours = re.findall(r'^(?!""").*replica.*$', code, re.MULTILINE | re.IGNORECASE)
+    assert ours == ["from replica_plugin import Replica", "    Replica(app)"]
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in EXAMPLES.iterdir()} == set(PATHS)

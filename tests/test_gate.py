@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
+import time
+from collections import OrderedDict
+from contextlib import suppress
 
 import pytest
 from server import Pending, wait_for
@@ -93,17 +98,34 @@ def test_whoever_waits_too_long_is_turned_away_and_leaves_the_queue():
     gate.enter()
 
 
-def test_a_slot_handed_over_at_the_deadline_is_taken(monkeypatch):
-    """An Event that says its time was over though it was set just then: the race, made certain."""
+class Turn:
+    """A turn whose waiter is made to go one way: what a race does, made certain."""
 
-    class LateEvent(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
-            super().wait(20)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """Not for waiting: that of a waiter has a timeout of its own."""
+        return self.wait() if self._lock.locked() else self._lock.acquire()
+
+    def wait(self) -> bool:
+        raise NotImplementedError
+
+    def release(self) -> None:
+        self._lock.release()
+
+
+def test_a_slot_handed_over_at_the_deadline_is_taken(monkeypatch):
+    class LateTurn(Turn):
+        """It says that its time is over though the slot came just then."""
+
+        def wait(self) -> bool:
+            self._lock.acquire(timeout=20)
             return False
 
     gate = Gate(1, 5, timeout=0.01)
     leave = inside(gate)
-    monkeypatch.setattr("replica_plugin.gate.threading.Event", LateEvent)
+    monkeypatch.setattr("replica_plugin.gate.Turn", LateTurn)
     late = Pending(gate.enter)
     wait_for(lambda: gate.waiting == 1, "one waits")
     leave.set()
@@ -112,16 +134,106 @@ def test_a_slot_handed_over_at_the_deadline_is_taken(monkeypatch):
 
 
 def test_a_waiter_that_is_interrupted_leaves_no_slot_behind(monkeypatch):
-    class Interrupted(threading.Event):
-        def wait(self, timeout: float | None = None) -> bool:
+    class InterruptedTurn(Turn):
+        def wait(self) -> bool:
             raise KeyboardInterrupt
 
     gate = Gate(1, 5)
     leave = inside(gate)
     with monkeypatch.context() as patch:
-        patch.setattr("replica_plugin.gate.threading.Event", Interrupted)
+        patch.setattr("replica_plugin.gate.Turn", InterruptedTurn)
         with pytest.raises(KeyboardInterrupt):
             gate.enter()
     assert gate.waiting == 0
     leave.set()
     wait_for(lambda: gate.running == 0, "nobody inside")
+
+
+def test_a_waiter_that_is_interrupted_as_it_gets_a_slot_passes_it_on(monkeypatch):
+    class InterruptedTurn(Turn):
+        def wait(self) -> bool:
+            self._lock.acquire(timeout=20)
+            raise KeyboardInterrupt
+
+    gate = Gate(1, 5)
+    leave = inside(gate)
+    monkeypatch.setattr("replica_plugin.gate.Turn", InterruptedTurn)
+    interrupted = Pending(gate.enter)
+    wait_for(lambda: gate.waiting == 1, "one waits")
+    leave.set()
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.result()
+    assert (gate.running, gate.waiting) == (0, 0)
+
+
+def test_leaving_in_the_middle_of_entering_neither_blocks_nor_loses_the_slot(monkeypatch):
+    """The collector runs a `__del__` anywhere: here in `enter`, which has the lock."""
+    gate = Gate(1, 5)
+    gate.enter()
+    monkeypatch.setattr(gate, "_queue", LeavesWhenAdded(gate))
+    Pending(gate.enter).result()
+    assert (gate.running, gate.waiting) == (1, 0)
+
+
+class LeavesWhenAdded(OrderedDict):
+    """A queue in which the one who is inside leaves when another one comes to wait."""
+
+    def __init__(self, gate: Gate) -> None:
+        super().__init__()
+        self._gate = gate
+
+    def __setitem__(self, turn: object, value: None) -> None:
+        self._gate.leave()
+        super().__setitem__(turn, value)
+
+
+def ended(child: int) -> tuple[int, int] | None:
+    pid, status = os.waitpid(child, os.WNOHANG)
+    return (pid, status) if pid else None
+
+
+def test_a_forked_child_begins_with_nobody_inside():
+    """Threads of the parent do not live on in it, nor does whoever had the lock."""
+    gate = Gate(1, 5)
+    inside(gate)
+    with gate._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(10)  # it waits for ever for a lock that its parent has
+            with suppress(BaseException):
+                gate.enter()
+                os._exit(0 if (gate.running, gate.waiting) == (1, 0) else 1)
+            os._exit(2)
+    _, status = wait_for(lambda: ended(child), "the child's end")
+    assert os.waitstatus_to_exitcode(status) == 0
+
+
+def test_no_slot_is_lost_when_many_come_wait_give_up_and_leave():
+    gate = Gate(3, 6, timeout=0.0005)
+    crowd = Crowd(gate)
+    everybody = [Pending(lambda: crowd.come(2_000)) for _ in range(8)]
+    for each in everybody:
+        each.result()
+    assert crowd.high <= 3
+    assert (gate.running, gate.waiting) == (0, 0)
+
+
+class Crowd:
+    """Callers of a gate, and the most of them that were inside at once."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._count = threading.Lock()
+        self._now = self.high = 0
+
+    def come(self, times: int) -> None:
+        for _ in range(times):
+            with suppress(TurnedAwayError):
+                self._gate.enter()
+                with self._count:
+                    self._now += 1
+                    self.high = max(self.high, self._now)
+                time.sleep(0)  # others may run: they are to find the gate full
+                with self._count:
+                    self._now -= 1
+                self._gate.leave()

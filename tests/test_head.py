@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from contextlib import suppress
 from itertools import accumulate, pairwise
 from typing import Any
@@ -13,6 +15,7 @@ from gunicorn.config import Config
 from gunicorn.http.errors import NoMoreData, ParseException
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from stage import PATIENCE
 
 from replica_plugin.head import PROXY_V2, Head, HeadTooLarge, Limits, read_head
 
@@ -115,6 +118,26 @@ def test_the_preamble_does_not_count_towards_the_limit():
     limits = Limits(head=50, line=0, proxy=True)
     head = b"GET / HTTP/1.1\r\nA: " + b"x" * 31 + b"\r\n\r\n"
     assert seen(PROXY_V1 + head, limits).size == len(PROXY_V1) + 54
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "b'Content-Length: ' + b'0' * 500_000 + b'x'",
+        "b'Content-Length: ' + b' ' * 500_000 + b'x'",
+        "b'Content-Length: 1' + b' ' * 500_000 + b'x'",
+        "b'Transfer-Encoding: x' + b' ' * 500_000 + b'y'",
+        "b'Connection: x' + b' ' * 500_000 + b'y'",
+        "b'Connection: x' + b' ,' * 250_000 + b'y'",
+    ],
+)
+def test_a_head_that_is_one_long_run_takes_no_time_to_look_at(field):
+    code = (
+        "from replica_plugin.head import Limits, read_head; "
+        f"head = read_head(b'GET / HTTP/1.1\\r\\n' + {field} + b'\\r\\n\\r\\n', Limits(), True); "
+        "print(head.ends_request, head.keeps_alive)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 # What a head says.

@@ -105,6 +105,14 @@ def test_head_beyond_all_limits_is_answered_431(pair):
     assert (outcome.statuses, outcome.stays) == ([431], False)
 
 
+def test_head_beyond_all_limits_with_much_behind_it_is_answered_431(pair, which):
+    dispatcher = pair.ours.dispatcher
+    head = request("/hello", *["A: " + "b" * 290] * 20)
+    with Wire(pair.ours.addresses[which]) as wire:
+        assert wire.send_if_it_can(head + b"x" * 20_000).reply().status == 431
+    assert pair.ours.dispatcher == dispatcher
+
+
 HOOKED = [
     request("/hello?hooked"),
     request("/hello?hooked", "X-A: pre"),

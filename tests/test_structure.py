@@ -18,8 +18,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
     "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
-    "dispatcher", "guard", "head", "heritage", "journal", "listeners", "pages", "processes", "rate",
-    "ready_file", "rules", "supervisor",
+    "dispatcher", "endings", "guard", "head", "heritage", "journal", "listeners", "pages",
+    "processes", "rate", "ready_file", "rest", "rules", "supervisor",
 }  # fmt: skip
 """What runs in the process without user code."""
 

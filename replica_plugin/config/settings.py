@@ -75,10 +75,10 @@ class Settings:
     request_buffer: int = _key(
         Size(least=0), 2**20, "how much of a request body is awaited before it takes a slot"
     )
-    response_buffer: int = _later(
+    response_buffer: int = _key(
         Size(least=0), 8 * 2**20, "how much of a response is sent for a slot to a slow client"
     )
-    response_buffer_total: int = _later(
+    response_buffer_total: int = _key(
         Size(least=0), 256 * 2**20, "how much of all such responses together"
     )
     header_timeout: float = _key(

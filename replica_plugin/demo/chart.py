@@ -1,14 +1,14 @@
-"""The demo's picture: one bar a request over a time axis, in plain text."""
+"""The demo's picture in plain text: one bar a request over a time axis."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TextIO
 
-from .burst import Row, Slot
+from .bars import Bar, tick_step
 
 NARROWEST = 20  # columns a bar needs to say anything
 TICK_DISTANCE = 8  # columns; a label takes at most 6
@@ -20,17 +20,19 @@ class Glyphs:
     running: str
     rule: str
     tick: str
+    right: str
+    wrong: str
 
 
-UNICODE = Glyphs("░", "█", "─", "┬")
-ASCII = Glyphs(".", "#", "-", "+")
-YELLOW, GREEN, RESET = "\x1b[33m", "\x1b[32m", "\x1b[0m"
+UNICODE = Glyphs("░", "█", "─", "┬", "✓", "✗")
+ASCII = Glyphs(".", "#", "-", "+", "y", "n")
+YELLOW, GREEN, RED, RESET = "\x1b[33m", "\x1b[32m", "\x1b[31m", "\x1b[0m"
 
 
 def choose_glyphs(encoding: str | None) -> Glyphs:
     """Take the Unicode glyphs if `encoding` has them, else ASCII."""
     try:
-        "░█─┬".encode(encoding or "ascii")
+        "░█─┬✓✗".encode(encoding or "ascii")
     except (UnicodeEncodeError, LookupError):
         return ASCII
     return UNICODE
@@ -48,41 +50,38 @@ def colour(chart: str, glyphs: Glyphs) -> str:
     return chart
 
 
-def draw(rows: Sequence[Row], names: Mapping[Slot, str], width: int, glyphs: Glyphs) -> str:
-    """Draw a burst in at most `width` columns; a slot's requests stand below each other."""
-    indent = max(len(name) for name in names.values()) + 2
+def mark(right: bool, glyphs: Glyphs, coloured: bool) -> str:
+    """One round, in one column."""
+    glyph, code = (glyphs.right, GREEN) if right else (glyphs.wrong, RED)
+    return f"{code}{glyph}{RESET}" if coloured else glyph
+
+
+def draw(bars: Sequence[Bar], seconds: float, width: int, glyphs: Glyphs) -> str:
+    """Draw a burst in at most `width` columns, which end after `seconds`."""
+    indent = max(len(bar.lane) for bar in bars) + 2
     columns = max(NARROWEST, width - indent)
-    start = min(row.sent for row in rows)
-    cell = (max(row.end for row in rows) - start) / columns
-    order = list(names)
-    bars = [
-        f"{names[row.slot]:<{indent}}{_bar(row, start, cell, columns, glyphs)}"
-        for row in sorted(rows, key=lambda row: (order.index(row.slot), row.begin))
-    ]
-    axis = [" " * indent + line for line in _axis(cell * 1000, columns, glyphs)]
-    return "\n".join([_title(len(rows), glyphs), *bars, *axis])
+    cell = seconds / columns
+    lines = [f"{bar.lane:<{indent}}{_line(bar, cell, columns, glyphs)}" for bar in bars]
+    return "\n".join([*lines, *(" " * indent + line for line in _axis(cell, columns, glyphs))])
 
 
-def _title(size: int, glyphs: Glyphs) -> str:
-    requests = f"{size} request{'s' if size > 1 else ''}"
-    return f"{requests} sent together ({glyphs.waiting} waiting, {glyphs.running} running):"
-
-
-def _bar(row: Row, start: float, cell: float, columns: int, glyphs: Glyphs) -> str:
+def _line(bar: Bar, cell: float, columns: int, glyphs: Glyphs) -> str:
     """Each column shows the state at the middle of its time."""
-    middles = (start + (column + 0.5) * cell for column in range(columns))
-    return "".join(_state(row, time, glyphs) for time in middles).rstrip()
+    if bar.idle:
+        return "(idle)"
+    middles = ((column + 0.5) * cell for column in range(columns))
+    return "".join(_state(bar, time, glyphs) for time in middles).rstrip()
 
 
-def _state(row: Row, time: float, glyphs: Glyphs) -> str:
-    if row.sent <= time < row.begin:
+def _state(bar: Bar, time: float, glyphs: Glyphs) -> str:
+    if bar.sent <= time < bar.begin:
         return glyphs.waiting
-    return glyphs.running if row.begin <= time < row.end else " "
+    return glyphs.running if bar.begin <= time < bar.end else " "
 
 
-def _axis(cell_ms: float, columns: int, glyphs: Glyphs) -> tuple[str, str]:
-    step = _step(cell_ms)
-    ticks = {round(number * step / cell_ms): number * step for number in range(columns)}
+def _axis(cell: float, columns: int, glyphs: Glyphs) -> tuple[str, str]:
+    step = tick_step(TICK_DISTANCE * cell * 1000)
+    ticks = {round(number * step / cell / 1000): number * step for number in range(columns)}
     rule, labels = "", ""
     for column in range(columns):
         rule += glyphs.tick if column in ticks else glyphs.rule
@@ -90,13 +89,3 @@ def _axis(cell_ms: float, columns: int, glyphs: Glyphs) -> tuple[str, str]:
         if label and column + len(label) <= columns:
             labels = f"{labels:<{column}}{label}"
     return rule, labels
-
-
-def _step(cell_ms: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, ... ms that leaves room between ticks."""
-    power = 1
-    while True:
-        for step in (power, 2 * power, 5 * power):
-            if step >= TICK_DISTANCE * cell_ms:
-                return step
-        power *= 10

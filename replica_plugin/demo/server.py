@@ -54,6 +54,7 @@ class Server:
         self._log = folder / "server.log"
         self._command = [sys.executable, "-m", "gunicorn", "--bind", "127.0.0.1:0"]
         self._command += ["--graceful-timeout", str(GRACE), *arguments]
+        self._dismissed = False
 
     def __enter__(self) -> Server:
         seen: list[int] = []
@@ -89,9 +90,15 @@ class Server:
                 start_new_session=True,
             )
 
+    def dismiss(self) -> None:
+        """Begin to stop, without waiting for it."""
+        if not self._dismissed:
+            self._dismissed = True
+            self._child.terminate()
+
     def _stop(self) -> None:
         try:
-            self._child.terminate()
+            self.dismiss()
             with suppress(subprocess.TimeoutExpired):
                 self._child.wait(2 * GRACE)
         finally:
@@ -106,9 +113,16 @@ class Server:
         self._wait("ready", lambda: _is_ready(port), deadline)
         return port
 
+    def wait_until_logged(self, text: str, times: int, seconds: float) -> int:
+        """Wait until `text` stands in the log so many times; return the port."""
+        deadline = time.monotonic() + seconds
+        port = self._wait("listening", self._find_port, deadline)
+        self._wait("ready", lambda: self._read_log().count(text) >= times, deadline)
+        return port
+
     def failure(self, reason: str) -> DemoError:
         """Make an error of `reason` and the end of the server's log."""
-        lines = self._log.read_text(errors="replace").splitlines()[-LOG_LINES:]
+        lines = self._read_log().splitlines()[-LOG_LINES:]
         return DemoError("\n  ".join([f"{reason}. The server's log:", *lines]))
 
     def _wait(self, state: str, look: Callable[[], int], deadline: float) -> int:
@@ -124,8 +138,11 @@ class Server:
             time.sleep(PAUSE)
 
     def _find_port(self) -> int:
-        found = LISTENING.search(self._log.read_text(errors="replace"))
+        found = LISTENING.search(self._read_log())
         return int(found[1]) if found else 0
+
+    def _read_log(self) -> str:
+        return self._log.read_text(errors="replace")
 
 
 def _is_ready(port: int) -> bool:

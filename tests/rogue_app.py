@@ -1,0 +1,34 @@
+"""An app that meddles with what ties its process to the dispatcher."""
+
+from __future__ import annotations
+
+import gc
+import signal
+
+import served_app
+
+from replica_plugin.channel import End, Kind, Report
+from replica_plugin.worker import ThreadWorker
+
+
+def worker():
+    return next(each for each in gc.get_objects() if type(each) is ThreadWorker and each._channel)
+
+
+def claim(environ, start_response, name):
+    """Once held on the stage, say that the requests behind this one are done."""
+    served_app.hold(environ, lambda *_: None, name)
+    (request,) = worker()._cells.begun()
+    for number in range(request + 1, request + 5):
+        worker()._channel.send(Report(Kind.DONE, number, End.ABORT).encode())
+    return served_app.hello(environ, start_response, name)
+
+
+def nonsense(environ, start_response, code):
+    """Say these bytes to the dispatcher, and never answer."""
+    worker()._channel.send(bytes.fromhex(code))
+    signal.pause()
+
+
+served_app.HANDLERS.update(claim=claim, nonsense=nonsense)
+application = served_app.application

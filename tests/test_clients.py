@@ -1,0 +1,73 @@
+"""The dispatcher's side of clients, with turns that see only some of the events."""
+
+from __future__ import annotations
+
+import select
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from replica_plugin.channel import Adopt
+from replica_plugin.clients import Clients
+from replica_plugin.connection import Connection, State
+from replica_plugin.rules import Serving
+
+LAST_CALL = 1.0
+REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+class Judge:
+    """Lets every request wait."""
+
+    def __init__(self) -> None:
+        self.ready: list[Connection] = []
+
+    def on_ready(self, conn: Connection, now: float) -> None:
+        self.ready.append(conn)
+
+
+class Idle:
+    """A connection between two requests, whose events nobody has looked at."""
+
+    def __init__(self) -> None:
+        self.judge = Judge()
+        self.epoll = select.epoll()
+        self.clients = Clients(self.epoll, [], Serving(keepalive=2.0), self.judge)
+        sock, self.client = socket.socketpair()
+        self.clients.adopt(Adopt(2, "", "", b"", b""), sock, now=0.0)
+        (self.conn,) = self.clients.connections.values()
+
+    def close(self) -> None:
+        if self.conn.state is not State.CLOSED:
+            self.clients.close(self.conn)
+        self.client.close()
+        self.epoll.close()
+
+
+@pytest.fixture
+def idle() -> Iterator[Idle]:
+    idle = Idle()
+    yield idle
+    idle.close()
+
+
+def test_a_request_that_came_unseen_before_keepalive_ended_is_served(idle):
+    idle.client.sendall(REQUEST)
+    idle.clients.tick(2.0)
+    assert idle.judge.ready == [idle.conn]
+
+
+def test_a_request_that_came_unseen_before_the_last_call_of_a_stop_is_served(idle):
+    idle.clients.stop(0.0, LAST_CALL, False)
+    idle.client.sendall(REQUEST)
+    idle.clients.tick(LAST_CALL)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, LAST_CALL)
+    assert idle.judge.ready == [idle.conn]
+
+
+def test_an_idle_connection_is_closed_when_keepalive_ends(idle):
+    idle.clients.tick(1.9)
+    assert idle.conn.state is State.ARRIVING
+    idle.clients.tick(2.0)
+    assert idle.conn.state is State.CLOSED

@@ -1,0 +1,71 @@
+"""What a slot leaves to the dispatcher, and what the dispatcher takes for it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from replica_plugin.channel import FREE, Kind, Report, decode_report
+from replica_plugin.rest import Rest
+
+
+def is_open(fd: int) -> bool:
+    try:
+        os.fstat(fd)
+    except OSError:
+        return False
+    return True
+
+
+def test_what_was_taken_down_is_sent_as_far_as_the_client_takes_it():
+    here, there = socket.socketpair()
+    content = os.urandom(1 << 22)
+    rest = Rest.of(content[:1000], memoryview(content)[1000:])
+    assert rest.left == len(content)
+    assert rest.send(here) is False
+    assert 0 < rest.sent < len(content)
+    taken = bytearray()
+    while len(taken) < len(content):
+        taken += there.recv(1 << 20)
+        rest.send(here)
+    assert (rest.left, taken) == (0, content)
+    for each in (rest, here, there):
+        each.close()
+
+
+def test_one_turn_sends_no_more_than_its_share(monkeypatch):
+    monkeypatch.setattr("replica_plugin.rest.PIECE", 10)
+    here, there = socket.socketpair()
+    rest = Rest.of(b"x" * 1000)
+    assert rest.send(here) is True
+    assert rest.sent == 160
+    for each in (rest, here, there):
+        each.close()
+
+
+@pytest.mark.parametrize("kind", ["unsealed", "pipe", "file"])
+def test_what_is_no_sealed_memory_is_refused_and_closed(kind, tmp_path):
+    if kind == "unsealed":
+        fd = os.memfd_create("x", os.MFD_ALLOW_SEALING)
+    elif kind == "pipe":
+        fd, other = os.pipe()
+        os.close(other)
+    else:
+        fd = os.open(tmp_path / "file", os.O_CREAT | os.O_RDWR)
+    with pytest.raises(ValueError, match="no sealed memory"):
+        Rest(fd)
+    assert not is_open(fd)
+
+
+def test_descriptors_that_come_with_a_report_that_needs_none_are_closed_and_it_is_nonsense():
+    rest = Rest.of(b"x")
+    with pytest.raises(ValueError):
+        decode_report(FREE, [rest.fd])
+    assert not is_open(rest.fd)
+    first, second = Rest.of(b"x"), Rest.of(b"y")
+    with pytest.raises(ValueError):
+        decode_report(Report(Kind.DONE, 1).encode(), [first.fd, second.fd])
+    assert not is_open(first.fd)
+    assert not is_open(second.fd)

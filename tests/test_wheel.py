@@ -1,0 +1,84 @@
+"""The wheel: what it holds, and that it works in an empty environment, outside of a checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_bytes
+from pathlib import Path
+
+import pytest
+from conftest import Starter
+from server import environment
+
+ROOT = Path(__file__).parent.parent
+LEFT_OUT = shutil.ignore_patterns(".*", "_build", "__pycache__", "build", "dist", "*.egg-info")
+DEADLINE = 300
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def wheel(tmp_path: Path) -> Path:
+    """Built from a copy of the checkout, since a build leaves things behind."""
+    source = Path(shutil.copytree(ROOT, tmp_path / "source", ignore=LEFT_OUT))
+    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source)
+    (built,) = tmp_path.glob("*.whl")
+    shutil.rmtree(source)
+    return built
+
+
+def run(*command: str | Path) -> str:
+    """What a command prints; in an environment that knows nothing of the checkout."""
+    done = subprocess.run(
+        command,
+        cwd="/",
+        env=environment({"PYTHONPATH": None}),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=DEADLINE,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def test_wheel_holds_the_package_its_license_and_its_metadata_and_no_more(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    names = {name for name in archive.namelist() if not name.endswith("/")}
+    modules = {os.path.relpath(path, ROOT) for path in ROOT.glob("replica_plugin/**/*.py")}
+    about = {name for name in names if ".dist-info/" in name}
+    assert names - about == modules | {"replica_plugin/py.typed"}
+    assert any(name.endswith("LICENSE") for name in about)
+    (file,) = (name for name in about if name.endswith("/METADATA"))
+    metadata = message_from_bytes(archive.read(file))
+    assert metadata["Name"] == "replica-plugin"
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert "MIT" in (metadata["License"], metadata["License-Expression"])
+    assert "demo" in metadata.get_all("Provides-Extra", [])
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert "# replica-plugin" in metadata.get_payload()
+
+
+def test_wheel_in_an_empty_environment_shows_the_demo_and_serves(
+    wheel: Path, tmp_path: Path, start: Starter
+) -> None:
+    commands = tmp_path / "empty" / "bin"
+    run(sys.executable, "-m", "venv", commands.parent)
+    run(commands / "pip", "install", "-q", "--no-compile", f"{wheel}[demo]")
+
+    shown = run(commands / "replica-plugin", "demo")
+    assert "4 began at once" in " ".join(shown.split())
+
+    server = start(
+        command=(str(commands / "gunicorn"),),
+        app="replica_plugin.demo.app:app",
+        config={"processes_per_replica": 2},
+        env={"PYTHONPATH": None},
+    )
+    assert "Replica: 2 processes x 1 threads" in server.log
+    assert server.get("/-/readyz").body == b"ready\n"
