@@ -267,7 +267,7 @@ def test_many_hups_in_a_row_fail_no_request(start, stage):
 
 
 def test_max_requests_recycles_processes_and_no_request_fails(start, stage):
-    server = start("--max-requests", "50", config=TWO, bind=BOTH)
+    server = start("--max-requests", "50", "--max-requests-jitter", "20", config=TWO, bind=BOTH)
     first = set(server.workers)
     with Load(server) as load:
         load.go_on(400)
