@@ -69,12 +69,18 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
-    return [
+    found = [
         f"Conflict: gunicorn's {theirs} ({value}) wins over {ours}: "
         f"{getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
         for ours, theirs, value in pairs
         if getattr(loaded.settings, ours) != value
     ]
+    if loaded.settings.preload and not cfg.preload_app:
+        found.append(
+            "Conflict: gunicorn's preload_app (False) wins over preload: true "
+            f"({loaded.sources['preload']})"
+        )
+    return found
 
 
 def _without_dispatcher(cfg: Config) -> str:

@@ -14,6 +14,7 @@ next one (ADOPT), with what is known about it.
 
 from __future__ import annotations
 
+import errno
 import socket
 from contextlib import suppress
 from typing import Protocol
@@ -57,6 +58,7 @@ class Slot:
         self._index = index
         self._cells = cells
         self._log = worker.log
+        self._sock: ClientSocket | None = None  # while it works on a request
 
     def run(self) -> None:
         """Take requests until the process is dismissed. Never raises, but for SystemExit."""
@@ -99,6 +101,7 @@ class Slot:
             self._on_first_byte,
             self._worker.room_for_rest,
         )
+        self._sock = sock
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock).run()
@@ -109,7 +112,12 @@ class Slot:
             self._report(channel, job, report, sock)
 
     def _on_first_byte(self) -> None:
-        self._cells.answering(self._index)
+        """Raises BrokenPipeError if the dispatcher has answered in our place."""
+        if not self._cells.answering(self._index):
+            error = BrokenPipeError(errno.EPIPE, "The dispatcher has answered this request")
+            if self._sock is not None:
+                self._sock.trouble = error  # nothing more is sent, and it is no error of the app's
+            raise error
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
@@ -120,6 +128,7 @@ class Slot:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
+        self._sock = None
         sock.close()
 
     def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:

@@ -42,7 +42,7 @@ class Starter:
         for server in self.servers:
             if server.process.poll() is None:
                 try:
-                    server.stop()
+                    server.stop(signal.SIGQUIT)
                 except BaseException:
                     server.kill()
                     raise
