@@ -2,38 +2,52 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import select
 import socket
+import sys
 
 from gunicorn.config import Config
 
 from .config.load import Loaded
 
-WORKER = "replica_plugin.worker.ThreadWorker"
-FALLBACK = "gthread"
+WORKERS = {
+    "thread": "replica_plugin.worker.ThreadWorker",
+    "gevent": "replica_plugin.gevent_worker.GeventWorker",
+}
+FALLBACKS = {"thread": "gthread", "gevent": "gevent"}
+_BASE = "replica_plugin.worker.ReplicaWorker"
 
 
 def supported() -> bool:
     """Whether this system has what a dispatcher needs."""
     try:
-        select.epoll().close()
         for fd in (os.pidfd_open(os.getpid()), os.memfd_create("replica-test"), os.eventfd(0)):
             os.close(fd)
     except (AttributeError, OSError):  # another system; or an old kernel, or a sandbox
         return False
-    return hasattr(socket, "SCM_RIGHTS")
+    return hasattr(socket, "SCM_RIGHTS") and sys.platform == "linux"  # which has epoll
 
 
-def worker_class() -> str:
+def worker_class(mode: str) -> str:
     """Our worker class, or gunicorn's own where ours cannot work."""
-    return WORKER if supported() else FALLBACK
+    return (WORKERS if supported() else FALLBACKS)[mode]
 
 
-def _is_ours(cfg: Config) -> bool:
-    """Whether the worker class is ours, or made from ours."""
+def missing(mode: str) -> str | None:
+    """What has to be installed before this mode can work."""
+    if mode != "gevent" or importlib.util.find_spec("gevent"):
+        return None
+    return (
+        "gevent is not installed. "
+        "Install it with `pip install 'replica-plugin[gevent]'`, or say mode: thread."
+    )
+
+
+def is_ours(cfg: Config) -> bool:
+    """Whether the worker class is one of ours, or made from one."""
     made_from = cfg.worker_class.__mro__
-    return any(f"{each.__module__}.{each.__qualname__}" == WORKER for each in made_from)
+    return any(f"{each.__module__}.{each.__qualname__}" == _BASE for each in made_from)
 
 
 def describe(processes: int, threads: int, loaded: Loaded) -> str:
@@ -49,7 +63,7 @@ def describe(processes: int, threads: int, loaded: Loaded) -> str:
 
 def overrides(cfg: Config, loaded: Loaded) -> list[str]:
     """What of gunicorn's command line or configuration won over our settings."""
-    if not _is_ours(cfg):
+    if not is_ours(cfg):
         return [_without_dispatcher(cfg)]
     pairs = (
         ("processes_per_replica", "workers", cfg.workers),
@@ -82,7 +96,7 @@ def _without_dispatcher(cfg: Config) -> str:
 
 def refusals(cfg: Config, loaded: Loaded) -> list[str]:
     """Settings that cannot hold with a dispatcher: the reason and the way out."""
-    if not _is_ours(cfg):
+    if not is_ours(cfg):
         return []
     found = []
     if cfg.reuse_port:

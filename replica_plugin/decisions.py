@@ -95,6 +95,7 @@ class Process:
     leaving: bool = False
     dismissed: bool = False
     blocked: bool = False
+    stalled: bool = False
     last_start: int = 0
     requests: dict[int, float] = field(default_factory=dict)
 
@@ -233,9 +234,7 @@ class Decisions:
         """The message could not be delivered: undo the start, send nothing until `sendable`."""
         process = self.processes[age]
         process.blocked = True
-        process.free += 1
-        self.running -= 1
-        self._requeue([(request, process.requests.pop(request))])
+        self._undo_start(process, request)
         return self._start(now)
 
     def sendable(self, age: int, now: float) -> list[Action]:
@@ -243,6 +242,27 @@ class Decisions:
         process = self.processes.get(age)
         if process is not None:
             process.blocked = False
+        return self._start(now)
+
+    def stalled(self, age: int) -> None:
+        """The process has stopped taking what it is sent: send it nothing until `turning`."""
+        process = self.processes.get(age)
+        if process is not None:
+            process.stalled = True
+
+    def turning(self, age: int, now: float) -> list[Action]:
+        """The process takes what it is sent again."""
+        process = self.processes.get(age)
+        if process is not None:
+            process.stalled = False
+        return self._start(now)
+
+    def returned(self, age: int, request: int, now: float) -> list[Action]:
+        """A stalled process gives back what no slot has taken: undo the start."""
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return []
+        self._undo_start(process, request)
         return self._start(now)
 
     def leaving(self, age: int) -> list[Action]:
@@ -325,7 +345,7 @@ class Decisions:
 
     def _least_busy(self) -> Process | None:
         """The usable process with a credit that runs fewest; of equals, the longest unused."""
-        able = [each for each in self._usable if each.free and not each.blocked]
+        able = [p for p in self._usable if p.free and not p.blocked and not p.stalled]
         return min(able, key=lambda each: (each.running, each.last_start), default=None)
 
     def _changed(self) -> list[Action]:
@@ -369,6 +389,11 @@ class Decisions:
         if sum(each.age > process.age for each in present) >= wanted:
             return True
         return not (self.booting or self.cannot_load) and len(present) >= wanted
+
+    def _undo_start(self, process: Process, request: int) -> None:
+        process.free += 1
+        self.running -= 1
+        self._requeue([(request, process.requests.pop(request))])
 
     def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
         """Put requests that were sent back where their numbers belong, near the head."""

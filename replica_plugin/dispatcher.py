@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from . import answers
-from .channel import Adopt, Job, Kind, Report
+from .channel import Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
@@ -93,6 +93,7 @@ class Dispatcher:
             wait = min(TURN, max(0.0, due - time.monotonic()))
             events = self._epoll.poll(wait)
             now = time.monotonic()
+            self._processes.watch(now)
             self._on_events(events, now)
             self._tick(due <= now, now)
             self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
@@ -198,10 +199,14 @@ class Dispatcher:
     def on_report(self, link: Link, report: Report, now: float) -> None:
         if report.kind is Kind.FREE:
             self._perform(self._decisions.freed(link.age, now), now)
+        elif report.kind is Kind.DONE:
+            self._on_done(link, report, now)
         elif report.kind is Kind.LEAVING:
             self._perform(self._decisions.leaving(link.age), now)
-        else:
-            self._on_done(link, report, now)
+        elif report.kind is Kind.RETURNED:
+            self._on_returned(link, report.request, now)
+        elif report.kind is Kind.STALLED:
+            self._on_explained(link, report)
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
@@ -215,6 +220,24 @@ class Dispatcher:
             self._clients.give_back(conn, report, now)
         elif report.rest is not None:  # we have answered already, in place of the slot
             report.rest.close()
+
+    def _on_returned(self, link: Link, request: int, now: float) -> None:
+        if not self._decisions.runs(link.age, request):
+            return
+        self._perform(self._decisions.returned(link.age, request, now), now)
+        if request in self._decisions.waiting:
+            self._clients.take_back(self._requests[request])
+
+    def _on_explained(self, link: Link, report: Report) -> None:
+        stall = decode_stall(report.carry)
+        if stall is not None:
+            self._journal.stalled(link.pid, self._requests.get(report.request), stall)
+
+    def on_stall(self, link: Link, now: float) -> None:
+        if link.stalled:
+            self._decisions.stalled(link.age)
+        else:
+            self._perform(self._decisions.turning(link.age, now), now)
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)

@@ -27,7 +27,7 @@ from gunicorn.config import Config
 
 from . import boot, stats
 from .config.load import Loaded, load
-from .errors import BootError, ConfigError
+from .errors import BootError, ConfigError, Place, Problem
 
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
     from .master import Arbiter, Master
@@ -52,7 +52,7 @@ def gunicorn_settings() -> dict[str, Any]:
         **preload,
         "workers": settings.processes_per_replica,
         "threads": settings.threads_per_process,
-        "worker_class": boot.worker_class(),
+        "worker_class": boot.worker_class(settings.mode),
         "nworkers_changed": _beside_one_above(),
     }
 
@@ -76,13 +76,21 @@ def _beside_one_above() -> Callable[..., None]:
 def _load() -> Loaded:
     global _loaded
     try:
-        _loaded = load()
+        _loaded = _complete(load())
     except ConfigError as error:
         if _log is None:
             raise SystemExit(f"\n{error}\n") from None
         _log.error("%s\nThe settings from before go on to hold.", error)
     assert _loaded is not None
     return _loaded
+
+
+def _complete(loaded: Loaded) -> Loaded:
+    """Settings for which all that they need is installed. Raises ConfigError."""
+    missing = boot.missing(loaded.settings.mode)
+    if missing:
+        raise ConfigError([Problem(Place(loaded.sources["mode"], "mode"), missing)])
+    return loaded
 
 
 def master() -> Master | None:
@@ -131,6 +139,7 @@ def _on_reload(arbiter: Arbiter) -> None:
 def _post_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
         _master.restore_timeout()
+        worker.leave_at_once_when_told()  # the master's handlers, inherited, would lose a signal
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
@@ -236,7 +245,10 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
     """Undo what a reload cannot change, and add our hooks to the new configuration."""
-    for name in ("bind", "worker_class", "preload_app"):
+    fixed = ["bind", "preload_app"]
+    if not (boot.is_ours(arbiter.cfg) and boot.is_ours(cfg)):
+        fixed.append("worker_class")
+    for name in fixed:
         before = arbiter.cfg.settings[name].get()
         if cfg.settings[name].get() != before:
             arbiter.log.error("%s has changed, which needs a restart; it stays %s", name, before)

@@ -37,6 +37,7 @@ from .head import Limits
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
+from .unpatched import socketpair
 
 STARTER = (
     "import sys, json; inherited = json.loads(sys.argv[1]); "
@@ -269,7 +270,7 @@ def _is_dead(pidfd: int, patience: float = 0.0) -> bool:
 
 
 def _control_pair() -> tuple[socket.socket, socket.socket]:
-    reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reading, writing = socketpair(socket.SOCK_SEQPACKET)
     writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return reading, writing
 

@@ -17,6 +17,7 @@ import json
 import mmap
 import os
 import struct
+import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -28,6 +29,7 @@ _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 _LOAD_SIZE = 1 << 14
 _LOADED_OFFSET = 16
+STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
 _NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
@@ -204,8 +206,9 @@ class LoadPage:
 class Cells:
     """One cell a slot, written by that slot only: the request it has, and how far it is.
 
-    A cell is one aligned 64-bit word, so a process that dies leaves each either old or new.
-    One more word is written by the dispatcher only, when it answers in place of all slots.
+    In gevent mode one more word says when the hub turned last. One is written by the dispatcher
+    only, when it answers in place of all slots. Each is aligned and has 64 bits, so a process that
+    dies leaves it either old or new.
 
     A response has one writer. A slot says that it answers, then looks whether it still may; the
     dispatcher takes that right away, and looks who answers already in a later turn. So at most
@@ -213,7 +216,7 @@ class Cells:
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        size = (slots + 1) * 8
+        size = (slots + 2) * 8
         self.fd = create("cells", size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, size)
         self._words = memoryview(self._memory).cast("Q")
@@ -230,11 +233,11 @@ class Cells:
     def answering(self, slot: int) -> bool:
         """The slot is about to write the first byte of the response; whether it may."""
         self._words[slot] |= 1
-        return not self._words[-1]
+        return not self._words[-2]
 
     def silence(self) -> None:
         """No slot that has not begun its response may begin one."""
-        self._words[-1] = 1
+        self._words[-2] = 1
 
     def end(self, slot: int) -> None:
         """The slot has reported the request, and has none."""
@@ -242,4 +245,13 @@ class Cells:
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 1: bool(word & 1) for word in self._words[:-1] if word}
+        return {word >> 1: bool(word & 1) for word in self._words[:-2] if word}
+
+    def turn(self) -> None:
+        """The hub turns."""
+        self._words[-1] = time.monotonic_ns()
+
+    def has_stalled(self, now: float) -> bool:
+        """Whether there is a hub, and it has not turned for STALL."""
+        turned: int = self._words[-1]
+        return turned > 0 and now - turned / 1e9 > STALL

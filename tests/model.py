@@ -26,6 +26,7 @@ class Known:
     leaving: bool = False
     dismissed: bool = False
     blocked: bool = False
+    stalled: bool = False
     last_sent: int = 0
 
     def running(self) -> int:
@@ -85,15 +86,26 @@ class Model:
         self._judge(actions)
 
     def unsent(self, age, request, now, actions):
-        process = self.processes[age]
-        process.sent.remove(request)
-        process.credits += 1
-        process.blocked = True
-        self.waiting = sorted([*self.waiting, request])
-        self._judge(actions)
+        self.processes[age].blocked = True
+        self.returned(age, request, now, actions)
 
     def sendable(self, age, now, actions):
         self.processes[age].blocked = False
+        self._judge(actions)
+
+    def stalled(self, age, actions):
+        assert actions is None
+        self.processes[age].stalled = True
+
+    def turning(self, age, now, actions):
+        self.processes[age].stalled = False
+        self._judge(actions)
+
+    def returned(self, age, request, now, actions):
+        process = self.processes[age]
+        process.sent.remove(request)
+        process.credits += 1
+        self.waiting = sorted([*self.waiting, request])
         self._judge(actions)
 
     def leaving(self, age, actions):
@@ -205,7 +217,8 @@ class Model:
         return newest[: self.rules.processes]
 
     def able(self):
-        return [each for each in self.usable() if each.credits and not each.blocked]
+        willing = [p for p in self.usable() if not p.blocked and not p.stalled]
+        return [each for each in willing if each.credits]
 
     def loading(self):
         """Processes that the master has, and that have not registered with us."""

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from stage import PATIENCE
 
@@ -29,6 +30,8 @@ TESTS = Path(__file__).parent
 GUNICORN = (sys.executable, "-m", "gunicorn")
 OURS = ("-c", "python:replica_plugin.conf")
 STOCK = ("-k", "gthread")
+IN_BOTH_MODES = pytest.mark.parametrize("mode", ["thread", "gevent"], indirect=True, scope="module")
+"""For a module, as its pytestmark, whose servers promise the same whatever a slot is."""
 BOTH = ("127.0.0.1:0", "unix:sock")
 """Binds of a server that is reached over TCP (0) and over a Unix socket (1)."""
 
@@ -75,10 +78,12 @@ class Server:
         files: Mapping[str, str] | None = None,
         command: tuple[str, ...] = GUNICORN,
         listening_in: str | None = None,
+        mode: str = "thread",
         **popen: Any,
     ) -> None:
         self.folder = folder
         self._numbers: ReplicaPage | None = None
+        self.mode = mode
         write_files(folder, files or {})
         self.log_path = folder / "log"
         if config is not None:
@@ -102,7 +107,8 @@ class Server:
             raise
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        (self.folder / "replica.yaml").write_text(yaml.safe_dump(dict(config)))
+        mode = {} if self.mode == "thread" else {"mode": self.mode}
+        (self.folder / "replica.yaml").write_text(yaml.safe_dump({**mode, **config}))
 
     # What it says.
 
@@ -400,7 +406,9 @@ class Client:
 
     def is_readable(self) -> bool:
         """Whether something lies there now: bytes, or the end."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def reset(self) -> None:
         """Leave without a good-bye."""

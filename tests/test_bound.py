@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from server import BOTH, Client, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Client, Server, wait_for
 from stage import Actor, Stage
+
+pytestmark = IN_BOTH_MODES
 
 FULL = (
     "The replica is full: 10 requests are in flight, "

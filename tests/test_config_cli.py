@@ -143,7 +143,7 @@ def test_check_says_that_there_is_no_file(capsys: Output) -> None:
 def test_check_tells_the_problems_on_stderr(capsys: Output) -> None:
     Path("replica.yaml").write_text("mode: x\n")
     assert main(["check"]) == 2
-    assert capsys.readouterr() == ("", 'replica.yaml:1: mode: must be thread (got "x")\n')
+    assert capsys.readouterr() == ("", 'replica.yaml:1: mode: must be thread or gevent (got "x")\n')
 
 
 def test_check_tells_the_settings_to_programs(capsys: Output) -> None:

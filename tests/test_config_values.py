@@ -256,9 +256,5 @@ def test_a_key_that_does_nothing_yet_has_its_rule(key: str, value: str, message:
     assert refusal(key, value) == message
 
 
-def test_gevent_mode_is_not_supported_yet() -> None:
-    assert refusal("mode", "gevent") == "gevent is not supported yet; write thread"
-
-
 def test_an_unknown_mode_is_refused() -> None:
-    assert refusal("mode", "process") == 'must be thread (got "process")'
+    assert refusal("mode", "process") == 'must be thread or gevent (got "process")'

@@ -7,8 +7,10 @@ import os
 import signal
 
 import pytest
-from server import BOTH, Client, Load, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Client, Load, Server, wait_for
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
@@ -124,7 +126,7 @@ def test_processes_killed_one_after_another_leave_nothing_adrift(start, stage):
         for _ in range(8):
             load.go_on(50)
             load.failures.clear()
-            server.tell(KILL, server.workers[0])
+            server.tell(KILL, wait_for(lambda: server.workers, "a process")[0])
         load.go_on(50)
         load.failures.clear()
         server.wait_numbers(processes=2)

@@ -171,6 +171,29 @@ def test_a_message_that_does_not_fit_goes_elsewhere_until_there_is_room():
     assert decisions.sendable(2, 0.0) == [Send(3, 2)]
 
 
+def test_a_stalled_process_is_sent_nothing_until_it_turns_again():
+    decisions = replica(2, 2)
+    decisions.stalled(2)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1)]
+    assert decisions.turning(2, 0.0) == [Send(3, 2)]
+
+
+def test_what_a_stalled_process_gives_back_goes_elsewhere_at_once_or_to_the_head():
+    decisions = replica(2, 2)
+    assert arrive(decisions, 1, 2, 3, 4, 5) == [Send(1, 2), Send(2, 1), Send(3, 2), Send(4, 1)]
+    decisions.stalled(2)
+    assert decisions.returned(2, 3, 0.0) == []
+    assert list(decisions.waiting) == [3, 5]
+    assert decisions.done(1, 2, 0.0) == [Send(3, 1)]
+    assert decisions.running == 3
+
+
+def test_a_stalled_process_is_usable_and_ready_all_the_same():
+    decisions = replica(1, 1)
+    decisions.stalled(1)
+    assert decisions.is_ready and decisions.is_healthy
+
+
 def test_after_a_restart_all_slots_count_as_busy_until_they_report():
     decisions = Decisions(Rules(2, 2))
     decisions.expected(1, 2)

@@ -161,6 +161,22 @@ class Histories(RuleBasedStateMachine):
         full = [each for each in self.world.workers.values() if each.full]
         self.world.make_room(self._one_of(full, pick))
 
+    @precondition(lambda self: self.world.workers)
+    @rule(pick=picks)
+    def a_process_stalls(self, pick: int) -> None:
+        self.world.stall(self._worker(pick))
+
+    @precondition(lambda self: self.world.workers)
+    @rule(pick=picks)
+    def a_process_gives_back_what_it_has_not_begun(self, pick: int) -> None:
+        self.world.give_back(self._worker(pick))
+
+    @precondition(lambda self: any(each.stalled for each in self.world.workers.values()))
+    @rule(pick=picks)
+    def a_process_turns_again(self, pick: int) -> None:
+        stalled = [each for each in self.world.workers.values() if each.stalled]
+        self.world.turn(self._one_of(stalled, pick))
+
     @precondition(lambda self: any(each.told for each in self.world.workers.values()))
     @rule()
     def those_who_wait_for_a_dispatcher_give_up(self) -> None:

@@ -157,6 +157,16 @@ def test_the_next_hup_ends_those_that_still_load_at_once(start, stage):
     wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
+def test_a_stop_does_not_wait_for_those_that_still_load(start, stage, number):
+    options = ("--graceful-timeout", "600")
+    server = start(*options, config={"processes_per_replica": 3}, env=HELD, ready=False)
+    loading = stage.next()
+    wait_for(lambda: len(server.workers) == 3, "all processes")
+    assert server.stop(number) == 0
+    assert loading.vanished()
+
+
 @pytest.mark.parametrize("base", [("-c", "python:replica_plugin.conf"), ("-c", "own.py")])
 def test_with_a_broken_yaml_a_dead_process_is_replaced(start, base):
     server = start(base=base, files={"own.py": IMPORT}, config=TWO)

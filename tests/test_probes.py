@@ -6,8 +6,10 @@ import signal
 from collections import Counter
 
 import pytest
-from server import BOTH, Server
+from server import BOTH, IN_BOTH_MODES, Server
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 HEALTHY, READY = (200, b"healthy\n"), (200, b"ready\n")

@@ -7,8 +7,10 @@ import os
 import signal
 
 import pytest
-from server import BOTH, Load, Pending, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Load, Pending, Server, wait_for
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 

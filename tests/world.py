@@ -43,6 +43,7 @@ class Worker:
     full: bool = False  # its channel takes no message now
     missed: bool = False  # something could not be delivered
     leave_due: bool = False
+    stalled: bool = False  # the dispatcher has seen that its slots stand still
     haunted: bool = False  # a child that the app forked keeps the channel open
     heard: bool = False  # the dispatcher knows that it is dead
 
@@ -198,6 +199,30 @@ class World:
             worker.starting += 1
             self.free(worker)
 
+    def stall(self, worker: Worker) -> None:
+        """Its slots stand still. The dispatcher sees it."""
+        if not worker.stalled and self._is_known(worker):
+            worker.stalled = True
+            self.tell("stalled", worker.age)
+
+    def turn(self, worker: Worker) -> None:
+        """Its slots go on."""
+        if worker.stalled and self._is_known(worker):
+            self.tell("turning", worker.age, self.now)
+        worker.stalled = False
+
+    def give_back(self, worker: Worker) -> None:
+        """What no slot has taken goes back; they may have begun to move again meanwhile."""
+        while worker.mailbox and worker.welcomed and self._is_known(worker):
+            request = worker.mailbox.pop(0)
+            self._end(request, "sent", "waiting")
+            self.tell("returned", worker.age, request, self.now)
+            if not worker.stalled:  # it may be sent back at once
+                return
+
+    def _is_known(self, worker: Worker) -> bool:
+        return self._has_link(worker) and worker.age in self.table
+
     def orphan(self, worker: Worker) -> None:
         """It was told to leave, and no dispatcher came: it finishes what it runs, and leaves."""
         if worker.alive and worker.told and worker.life != self.life:
@@ -268,6 +293,7 @@ class World:
         worker.mailbox, worker.reading, worker.idle = [], [], 0
         worker.starting = worker.slots - worker.old
         worker.welcomed = worker.full = worker.missed = worker.leave_due = False
+        worker.stalled = False
 
     def read(self) -> None:
         """Look at the master's page."""
@@ -362,6 +388,7 @@ class World:
     def _all_that_happens(self) -> Collection[Callable[[Worker], None]]:
         return (
             self.make_room,
+            self.turn,
             self.register,
             self.welcome,
             self.say_leaving,

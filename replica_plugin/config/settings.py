@@ -49,7 +49,9 @@ class Settings:
         "more for code that waits for I/O or a GPU",
     )  # fmt: skip
     mode: str = _key(
-        Choice(("thread",), later=("gevent",)), "thread", "what a slot is; gevent comes later"
+        Choice(("thread", "gevent")),
+        "thread",
+        "what a slot is: a thread, or a greenlet, for hundreds that wait for I/O",
     )
     max_replica_concurrency: int = _key(
         Integer(1, 30000), 1024, "requests in flight, waiting and running; one more is refused"
