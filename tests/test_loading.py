@@ -38,6 +38,8 @@ def test_hup_to_an_app_that_cannot_load_is_logged_and_the_old_processes_serve_on
         fail_a_reload(server, 2)
         wait_for(lambda: server.workers == old, "the end of those that failed")
         load.go_on(50)
+        server.wait_numbers(processes=2, slots=4)
+        assert server.workers == old
         assert server.log.count("The app cannot be loaded\nTraceback (most recent") == 2
         deploy(server, APP.replace("here", "there"))
         server.tell(signal.SIGHUP)
