@@ -27,9 +27,9 @@ _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follow
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
+STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
 _LOAD_SIZE = 1 << 14
 _LOADED_OFFSET = 16
-STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
 _NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
@@ -206,9 +206,9 @@ class LoadPage:
 class Cells:
     """One cell a slot, written by that slot only: the request it has, and how far it is.
 
-    In gevent mode one more word says when the hub turned last. One is written by the dispatcher
-    only, when it answers in place of all slots. Each is aligned and has 64 bits, so a process that
-    dies leaves it either old or new.
+    A cell is one aligned 64-bit word, so a process that dies leaves each either old or new. Two
+    more words follow: in gevent mode the process says in one when its hub turned last; in the
+    other one the dispatcher says that it answers in place of all slots.
 
     A response has one writer. A slot says that it answers, then looks whether it still may; the
     dispatcher takes that right away, and looks who answers already in a later turn. So at most
@@ -233,11 +233,11 @@ class Cells:
     def answering(self, slot: int) -> bool:
         """The slot is about to write the first byte of the response; whether it may."""
         self._words[slot] |= 1
-        return not self._words[-2]
+        return not self._words[-1]
 
     def silence(self) -> None:
         """No slot that has not begun its response may begin one."""
-        self._words[-2] = 1
+        self._words[-1] = 1
 
     def end(self, slot: int) -> None:
         """The slot has reported the request, and has none."""
@@ -249,9 +249,9 @@ class Cells:
 
     def turn(self) -> None:
         """The hub turns."""
-        self._words[-1] = time.monotonic_ns()
+        self._words[-2] = time.monotonic_ns()
 
     def has_stalled(self, now: float) -> bool:
         """Whether there is a hub, and it has not turned for STALL."""
-        turned: int = self._words[-1]
+        turned: int = self._words[-2]
         return turned > 0 and now - turned / 1e9 > STALL

@@ -54,8 +54,8 @@ class Link:
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
     leave_due: bool = False
-    silenced: bool = False  # its slots begin no response any more
     stalled: bool = False  # as the dispatcher was told last
+    silenced: bool = False  # its slots begin no response any more
 
 
 class Office(Protocol):

@@ -30,6 +30,7 @@ TESTS = Path(__file__).parent
 GUNICORN = (sys.executable, "-m", "gunicorn")
 OURS = ("-c", "python:replica_plugin.conf")
 STOCK = ("-k", "gthread")
+STOCK_GEVENT = ("-k", "gevent")
 IN_BOTH_MODES = pytest.mark.parametrize("mode", ["thread", "gevent"], indirect=True, scope="module")
 """For a module, as its pytestmark, whose servers promise the same whatever a slot is."""
 BOTH = ("127.0.0.1:0", "unix:sock")
@@ -82,8 +83,8 @@ class Server:
         **popen: Any,
     ) -> None:
         self.folder = folder
-        self._numbers: ReplicaPage | None = None
         self.mode = mode
+        self._numbers: ReplicaPage | None = None
         write_files(folder, files or {})
         self.log_path = folder / "log"
         if config is not None:

@@ -6,7 +6,9 @@ import os
 import signal
 
 import pytest
-from server import BOTH, STOCK, Client, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server, wait_for
+
+pytestmark = IN_BOTH_MODES
 
 MIB = 1 << 20
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
