@@ -9,6 +9,7 @@ import sys
 
 from gunicorn.config import Config
 
+from . import overtime
 from .config.load import Loaded
 
 WORKERS = {
@@ -69,12 +70,26 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
-    return [
+    lines = [
         f"Conflict: gunicorn's {theirs} ({value}) wins over {ours}: "
         f"{getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
         for ours, theirs, value in pairs
         if getattr(loaded.settings, ours) != value
     ]
+    limit = loaded.settings.request_timeout
+    watched = cfg.threads == 1 and loaded.settings.mode == "thread"
+    if limit is not None and watched and 0 < cfg.timeout <= limit:
+        lines.append(_first_comes_timeout(cfg.timeout, limit, loaded))
+    return lines
+
+
+def _first_comes_timeout(timeout: int, limit: float, loaded: Loaded) -> str:
+    """With one thread gunicorn's `timeout` watches over each request; see docs/design.md."""
+    return (
+        f"Conflict: gunicorn's timeout ({timeout} s) comes before request_timeout: {limit:g} s "
+        f"({loaded.sources['request_timeout']}), and ends the process of a stuck request. "
+        f"Set --timeout above {limit + overtime.GRACE:g}, or a shorter request_timeout."
+    )
 
 
 def _without_dispatcher(cfg: Config) -> str:

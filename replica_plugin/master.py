@@ -27,7 +27,7 @@ from typing import Any, Protocol
 import gunicorn
 from gunicorn.config import Config
 
-from . import journal
+from . import journal, overtime
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
@@ -108,6 +108,8 @@ class Master:
                 cfg.threads,
                 self.settings.max_replica_concurrency,
                 self.settings.queue_timeout,
+                self.settings.request_timeout,
+                overtime.GRACE,
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),

@@ -11,9 +11,11 @@ knew is still there. A page is an anonymous file (memfd), passed on as a descrip
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import mmap
 import os
+import signal
 import struct
 import time
 import zlib
@@ -25,6 +27,11 @@ _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
+_STACKS = 1 << 16  # bytes of stacks that are read
+
+DUMP = signal.SIGRTMIN + 7
+"""Has a process write the stacks of its threads behind its cells, though the GIL is held."""
+
 _NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
 
 
@@ -117,13 +124,14 @@ class Cells:
     """One cell a slot, written by that slot only: the request it has, and how far it is.
 
     In gevent mode one more says when the hub turned last. A cell is one aligned 64-bit word, so a
-    process that dies leaves each either old or new.
+    process that dies leaves each either old or new. Behind the cells is what the process has
+    written at DUMP.
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        size = (slots + 1) * 8
-        self.fd = create("cells", size) if fd is None else fd
-        self._memory = mmap.mmap(self.fd, size)
+        self._size = (slots + 1) * 8
+        self.fd = create("cells", self._size) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, self._size)
         self._words = memoryview(self._memory).cast("Q")
 
     def close(self) -> None:
@@ -155,3 +163,19 @@ class Cells:
         """Whether there is a hub, and it has not turned for STALL."""
         turned: int = self._words[-1]
         return turned > 0 and now - turned / 1e9 > STALL
+
+    def await_dump(self) -> None:
+        """Called in a process's main thread: from now on DUMP has stacks written here.
+
+        By a signal handler in C, which waits for no GIL; the descriptor stays open for it.
+        """
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_APPEND)
+        except OSError:  # no /proc: nobody will know, then
+            signal.signal(DUMP, signal.SIG_IGN)
+        else:
+            faulthandler.register(DUMP, fd, all_threads=True)
+
+    def stacks(self) -> str:
+        """What was written at DUMP."""
+        return os.pread(self.fd, _STACKS, self._size).decode("utf-8", "replace")

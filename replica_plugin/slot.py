@@ -15,6 +15,7 @@ next one (ADOPT), with what is known about it.
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
@@ -32,6 +33,7 @@ from .channel import (
 )
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
+from .overdue import Run, Watch
 from .pages import Cells
 from .rest import Rest
 
@@ -52,10 +54,11 @@ class Process(Worker, Protocol):
 class Slot:
     """One thread's, or greenlet's, place in a process; `index` is its cell."""
 
-    def __init__(self, worker: Process, index: int, cells: Cells) -> None:
+    def __init__(self, worker: Process, index: int, cells: Cells, watch: Watch) -> None:
         self._worker = worker
         self._index = index
         self._cells = cells
+        self._watch = watch
         self._log = worker.log
 
     def run(self) -> None:
@@ -92,24 +95,31 @@ class Slot:
             self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
             return
         self._cells.begin(self._index, job.request)
+        run = self._watch.begin(self._index, job.request, job.overdue_at, channel)
         sock = self._worker.client_socket(
             _family(job.client),
             socket.SOCK_STREAM,
             fds[0],
-            self._on_first_byte,
+            self._claim_of(run),
             self._worker.room_for_rest,
         )
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
-            report = Exchange(self._worker, job, sock).run()
+            report = Exchange(self._worker, job, sock, run).run()
         except BaseException:  # a logger of the user's, say: it must not cost the slot
             with suppress(Exception):
                 self._log.exception("A request could not be brought to its end")
         finally:
             self._report(channel, job, report, sock)
 
-    def _on_first_byte(self) -> None:
-        self._cells.answering(self._index)
+    def _claim_of(self, run: Run) -> Callable[[], bool]:
+        def claim() -> bool:
+            mine = run.claim_for_slot()
+            if mine:
+                self._cells.answering(self._index)
+            return mine
+
+        return claim
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
@@ -120,6 +130,7 @@ class Slot:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
+        self._watch.end(self._index)
         sock.close()
 
     def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:
