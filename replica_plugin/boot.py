@@ -70,17 +70,22 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
-    lines = [
+    found = [
         f"Conflict: gunicorn's {theirs} ({value}) wins over {ours}: "
         f"{getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
         for ours, theirs, value in pairs
         if getattr(loaded.settings, ours) != value
     ]
+    if loaded.settings.preload and not cfg.preload_app:
+        found.append(
+            "Conflict: gunicorn's preload_app (False) wins over preload: true "
+            f"({loaded.sources['preload']})"
+        )
     limit = loaded.settings.request_timeout
     watched = cfg.threads == 1 and loaded.settings.mode == "thread"
     if limit is not None and watched and 0 < cfg.timeout <= limit:
-        lines.append(_first_comes_timeout(cfg.timeout, limit, loaded))
-    return lines
+        found.append(_first_comes_timeout(cfg.timeout, limit, loaded))
+    return found
 
 
 def _first_comes_timeout(timeout: int, limit: float, loaded: Loaded) -> str:

@@ -148,9 +148,11 @@ class Decisions:
         self.waiting: OrderedDict[int, float] = OrderedDict()
         self.processes: dict[int, Process] = {}
         self.live: frozenset[int] = frozenset()
+        self.failed = 0
         self.running = 0
         self.stopping = False
         self.drained = False
+        self.given_up = False
         self.was_ready = False
         self._usable: list[Process] = []
         self._starts = 0
@@ -178,6 +180,13 @@ class Decisions:
     def booting(self) -> bool:
         """Whether the master has a process that has not registered with us yet."""
         return bool(self.live - {each.age for each in self.processes.values() if each.registered})
+
+    @property
+    def cannot_load(self) -> bool:
+        """Whether the newest process that has tried to load the app could not."""
+        return self.failed > max(
+            (p.age for p in self.processes.values() if p.registered), default=0
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -217,6 +226,8 @@ class Decisions:
 
     def ready(self, request: int, now: float) -> list[Action]:
         """A request has arrived whole. Admit or refuse it; start it if a slot is free."""
+        if self.given_up:
+            return [Refuse(request, Why.STOPPING)]
         if self.in_flight >= self.rules.bound:
             return [Refuse(request, Why.FULL)]
         self.waiting[request] = now
@@ -329,15 +340,25 @@ class Decisions:
 
     # Events from the master, and from the clock.
 
-    def ruled(self, rules: Rules, live: Iterable[int], now: float) -> list[Action]:
-        """The master's word: the rules, and the ages of the processes it has forked."""
+    def ruled(self, rules: Rules, live: Iterable[int], now: float, failed: int = 0) -> list[Action]:
+        """The master's word: the rules, and the ages of the processes it has forked.
+
+        `failed` is the age of the newest one that could not load the app; it is known by the time
+        that one is not among the living any more.
+        """
         self.rules = rules
         self.live = frozenset(live)
+        self.failed = failed
         return self._changed() + self._start(now)
 
     def stop(self) -> None:
         """The replica stops: what is in flight goes on, and processes stay until `drain`."""
         self.stopping = True
+
+    def resume(self, now: float) -> list[Action]:
+        """It was a pause: what is in flight goes on, and processes leave as ever."""
+        self.stopping = self.drained = False
+        return self._changed() + self._start(now)
 
     def drain(self) -> list[Action]:
         """Nothing waits, and nothing can become ready any more: all processes may go."""
@@ -354,7 +375,8 @@ class Decisions:
         return refused + overdue + self._start(now)
 
     def give_up(self) -> list[Action]:
-        """The stop is about to end: refuse everything that still waits."""
+        """The stop is about to end: refuse everything that still waits, and that comes."""
+        self.given_up = True
         refused: list[Action] = [Refuse(request, Why.STOPPING) for request in self.waiting]
         self.waiting.clear()
         return refused
@@ -418,7 +440,8 @@ class Decisions:
         """Whether a process that is told to leave can be spared.
 
         Either p newer ones are ready; or no successor is loading, since gunicorn will fork
-        one only when this process has gone, and then one process leaves at a time.
+        one only when this process has gone, and then one process leaves at a time. But not
+        while that one would not be able to load the app.
         """
         if self.stopping:
             return self.drained
@@ -426,7 +449,7 @@ class Decisions:
         wanted = self.rules.processes
         if sum(each.age > process.age for each in present) >= wanted:
             return True
-        return not self.booting and len(present) >= wanted
+        return not (self.booting or self.cannot_load) and len(present) >= wanted
 
     def _see_to_overdue(self, now: float) -> list[Action]:
         """Inspect processes that are silent; end those with requests that have had their grace."""

@@ -55,6 +55,7 @@ class Link:
     full: bool = False  # a message could not be delivered
     leave_due: bool = False
     stalled: bool = False  # as the dispatcher was told last
+    silenced: bool = False  # its slots begin no response any more
 
 
 class Office(Protocol):

@@ -113,11 +113,10 @@ class Slot:
             self._report(channel, job, report, sock)
 
     def _claim_of(self, run: Run) -> Callable[[], bool]:
+        """Whether the slot may write: not if attendant or dispatcher has it answered elsewhere."""
+
         def claim() -> bool:
-            mine = run.claim_for_slot()
-            if mine:
-                self._cells.answering(self._index)
-            return mine
+            return run.claim_for_slot() and self._cells.answering(self._index)
 
         return claim
 

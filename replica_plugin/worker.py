@@ -33,6 +33,7 @@ from . import hook, overtime
 from .channel import LEAVING, Adopt, Kind, ProcessEnd, Register, Report, send_adopt
 from .client_socket import ClientSocket
 from .exchange import Settled
+from .loading import Loading
 from .overdue import Interrupter, MainInterrupter, Run, ThreadInterrupter, Watch
 from .pages import Cells
 from .registration import Registration
@@ -40,6 +41,7 @@ from .slot import Slot
 
 ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispatcher to say when
 TURN = 1.0  # seconds between two heartbeats at most
+LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
@@ -73,6 +75,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 "`from replica_plugin.conf import *`, and leave check_config to its worker class."
             )
             sys.exit(3)
+        self._master = master
         self._replica_page = master.replica_page
         self._response_buffer = master.settings.response_buffer
         self._response_buffer_total = master.settings.response_buffer_total
@@ -80,6 +83,22 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         master.in_worker()
         self.sockets: list[Any] = []
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Load the app; however long that takes, and whether or not it holds the GIL."""
+        far = time.monotonic() + LOAD_TIME
+        os.utime(self.tmp.fileno(), (far, far))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to finish yet
+        if not self.alive:
+            sys.exit(0)
+        master = self._master
+        loading = Loading(self, master.load_page, master.page, master.replica_page)
+        staggered = master.settings.stagger_init and not self.cfg.preload_app
+        loading.run(super().load_wsgi, staggered)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else the app wants it
+            signal.signal(signal.SIGTERM, self.handle_exit)
+            signal.siginterrupt(signal.SIGTERM, False)
+        self.notify()
 
     def run(self) -> None:
         """Serve until dismissed."""

@@ -21,7 +21,7 @@ class Starter:
 
     def __init__(self, folder: Path, mode: str) -> None:
         self._folder = folder
-        self._mode = mode
+        self.mode = mode
         self.stage = Stage(folder)
         self.servers: list[Server] = []
         self._ended: list[Ended] = []
@@ -30,8 +30,8 @@ class Starter:
         folder = self._folder / f"server{len(self.servers)}"
         folder.mkdir()
         env = {**self.environment, **options.pop("env", {})}
-        if self._mode != "thread":
-            options = {"mode": self._mode, "config": {}, **options}
+        if self.mode != "thread":
+            options = {"mode": self.mode, "config": {}, **options}
         kind = options.pop("kind", Server)
         server = kind(folder, *arguments, env=env, **options)
         self.servers.append(server)
@@ -42,7 +42,7 @@ class Starter:
         for server in self.servers:
             if server.process.poll() is None:
                 try:
-                    server.stop()
+                    server.stop(signal.SIGQUIT)
                 except BaseException:
                     server.kill()
                     raise

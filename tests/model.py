@@ -68,11 +68,13 @@ class Model:
     def __init__(self, rules: Rules, was_ready: bool = False) -> None:
         self.rules = rules
         self.live: frozenset[int] = frozenset()
+        self.failed = 0
         self.waiting: list[int] = []
         self.ready_at: dict[int, float] = {}
         self.processes: dict[int, Known] = {}
         self.stopping = False
         self.drained = False
+        self.given_up = False
         self.was_ready = was_ready
         self.sends = 0
         self.now = 0.0
@@ -83,7 +85,9 @@ class Model:
     def ready(self, request, now, actions):
         self.now = now
         self.ready_at[request] = now
-        if len(self.waiting) + self.running() >= self.rules.bound:
+        if self.given_up:
+            assert actions == [Refuse(request, Why.STOPPING)], "P7: nothing starts at the very end"
+        elif len(self.waiting) + self.running() >= self.rules.bound:
             assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
         else:
             self.waiting.append(request)
@@ -162,15 +166,20 @@ class Model:
         self.waiting = sorted([*self.waiting, *(dead.sent & unread)])
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
-    def ruled(self, rules, live, now, actions):
+    def ruled(self, rules, live, now, failed, actions):
         self.now = now
         self.rules = rules
         self.live = frozenset(live)
+        self.failed = failed
         self._judge(actions)
 
     def stop(self, actions):
         assert actions is None
         self.stopping = True
+
+    def resume(self, now, actions):
+        self.stopping = self.drained = False
+        self._judge(actions)
 
     def drain(self, actions):
         self.drained = True
@@ -188,6 +197,7 @@ class Model:
             self._judge_what_is_left_of(process)
 
     def give_up(self, actions):
+        self.given_up = True
         assert actions == [Refuse(each, Why.STOPPING) for each in self.waiting]
         self.waiting = []
 
@@ -251,6 +261,7 @@ class Model:
             assert self.drained, "P7: in a stop processes stay until nothing is left"
         elif len(self.present()) <= self.rules.processes:  # one less is one too few
             assert not self.loading(), "P7: not below p while a successor loads"
+            assert not (self.failed and self.cannot_load()), "P7: not below p while none can load"
             assert len(self.present()) == self.rules.processes, "P7: one at a time"
         if not (self._may_leave(process) and (process.leaving or self.drained)):
             assert self._may_end_another(), "P11: not more often than is promised"
@@ -262,7 +273,8 @@ class Model:
             return self.drained
         newer = [each for each in self.present() if each.age > process.age]
         enough = len(self.present()) >= self.rules.processes
-        return len(newer) >= self.rules.processes or (enough and not self.loading())
+        spared = enough and not self.loading() and not (self.failed and self.cannot_load())
+        return len(newer) >= self.rules.processes or spared
 
     def _may_end_another(self):
         lately = [at for at in self.ends if at > self.now - CALM]
@@ -323,6 +335,9 @@ class Model:
         registered = {each.age for each in self.processes.values() if each.registered}
         return self.live - registered
 
+    def cannot_load(self):
+        return all(each.age < self.failed for each in self.processes.values() if each.registered)
+
     def _expiry(self, request):
         timeout = self.rules.queue_timeout
         return math.inf if timeout is None else self.ready_at[request] + timeout
@@ -344,6 +359,7 @@ class Model:
         assert decisions.in_flight == len(self.waiting) + self.running()
         assert decisions.usable == len(self.usable())
         assert decisions.booting == bool(self.loading())
+        assert decisions.cannot_load == bool(self.failed and self.cannot_load())
         assert decisions.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.is_ready == ready

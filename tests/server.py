@@ -30,6 +30,7 @@ TESTS = Path(__file__).parent
 GUNICORN = (sys.executable, "-m", "gunicorn")
 OURS = ("-c", "python:replica_plugin.conf")
 STOCK = ("-k", "gthread")
+STOCK_GEVENT = ("-k", "gevent")
 IN_BOTH_MODES = pytest.mark.parametrize("mode", ["thread", "gevent"], indirect=True, scope="module")
 """For a module, as its pytestmark, whose servers promise the same whatever a slot is."""
 BOTH = ("127.0.0.1:0", "unix:sock")
@@ -83,6 +84,7 @@ class Server:
     ) -> None:
         self.folder = folder
         self.mode = mode
+        self._numbers: ReplicaPage | None = None
         write_files(folder, files or {})
         self.log_path = folder / "log"
         if config is not None:
@@ -202,7 +204,8 @@ class Server:
 
     @property
     def dispatcher(self) -> int:
-        return int(wait_for(lambda: self.children(self.supervisor), "dispatcher")[0])
+        """The process that holds the lock of the replica's page; a child of a supervisor."""
+        return int(wait_for(self._page().find_living, "dispatcher")[0])
 
     @property
     def workers(self) -> list[int]:
@@ -210,14 +213,20 @@ class Server:
 
     def numbers(self) -> Numbers:
         """The replica in numbers, as its dispatcher last wrote them."""
-        for link in Path(f"/proc/{self.supervisor}/fd").iterdir():
-            if "memfd:replica-numbers" in os.readlink(link):
-                fd = os.open(link, os.O_RDWR)
-                try:
-                    return ReplicaPage(fd).read()
-                finally:
-                    os.close(fd)
-        raise AssertionError("no page of numbers")
+        return self._page().read()
+
+    def _page(self) -> ReplicaPage:
+        """The replica's page, which the master holds from `when_ready` on."""
+        if self._numbers is None:
+            self._numbers = ReplicaPage(wait_for(self._find_page, "the replica's page"))
+        return self._numbers
+
+    def _find_page(self) -> int | None:
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(OSError):
+                if "memfd:replica-numbers" in os.readlink(link):
+                    return os.open(link, os.O_RDWR)
+        return None
 
     def wait_numbers(self, **wanted: int) -> None:
         """Wait until these numbers are so: `waiting=3, running=4`."""

@@ -38,14 +38,18 @@ def any_settings(draw: st.DrawFn) -> Settings:
         receive_timeout=draw(seconds),
         send_timeout=draw(seconds),
         probes=draw(st.none() | prefixes),
+        ready_file=draw(st.none() | st.from_regex(r"/[a-z]+(/[a-z]+)?", fullmatch=True)),
+        drain_delay=draw(st.just(0.0) | seconds),
+        stagger_init=draw(st.booleans()),
+        preload=draw(st.booleans()),
     )
 
 
 def written(settings: Settings) -> dict[str, str]:
     """The settings key by key, without those that cannot be written, as they mean none."""
     values = {key.name: getattr(settings, key.name) for key in supported()}
-    for key in ("queue_timeout", "request_timeout"):
-        if getattr(settings, key) is None:
+    for key in ("queue_timeout", "ready_file", "request_timeout"):
+        if values[key] is None:
             del values[key]
     return {key: show(key, value) for key, value in values.items()}
 

@@ -225,10 +225,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
         ("overload_dry_run", "false", "false"),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),
         ("admin_bind", "unix:/run/admin.sock", '"unix:/run/admin.sock"'),
-        ("ready_file", "ready", '"ready"'),
-        ("drain_delay", "0", "0"),
-        ("stagger_init", "true", "true"),
-        ("preload", "false", "false"),
     ],
 )
 def test_a_key_that_does_nothing_yet_takes_no_value(key: str, value: str, seen: str) -> None:

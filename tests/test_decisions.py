@@ -384,3 +384,42 @@ def test_retry_after_is_a_minute_when_nothing_has_started_or_not_for_long():
     assert decisions.retry_after(0.0) == 60
     arrive(decisions, 1, 2)
     assert decisions.retry_after(1000.0) == 60
+
+
+# An app that cannot be loaded.
+
+
+def test_nobody_is_dismissed_for_a_successor_that_could_not_load_the_app():
+    decisions = replica(2, 1)
+    decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, failed=3) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, failed=4) == []
+    assert decisions.usable == 2
+
+
+def test_those_who_stayed_leave_when_successors_can_load_again():
+    decisions = replica(2, 1)
+    decisions.ruled(Rules(2, 1), [1, 2, 5, 6], 0.0, failed=4)
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    assert join(decisions, 5, 1) == [Dismiss(1)]
+    assert join(decisions, 6, 1) == [Dismiss(2)]
+
+
+def test_one_that_could_not_load_long_ago_keeps_nobody_from_leaving():
+    decisions = replica(2, 1)
+    join(decisions, 4, 1)
+    decisions.ruled(Rules(2, 1), [2, 4], 0.0, failed=3)
+    decisions.died(1, [], 0.0)
+    assert decisions.leaving(2) == [Dismiss(2)]
+
+
+def test_after_a_pause_in_which_all_left_others_begin_what_comes():
+    decisions = replica(1, 1)
+    decisions.stop()
+    assert decisions.drain() == [Dismiss(1)]
+    decisions.died(1, [], 0.0)
+    assert decisions.resume(0.0) == []
+    assert join(decisions, 2, 1) == []
+    assert arrive(decisions, 1) == [Send(1, 2)]
+    assert decisions.is_ready

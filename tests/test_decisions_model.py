@@ -134,6 +134,12 @@ class Histories(RuleBasedStateMachine):
         if worker.alive:
             self.world.die(worker)
 
+    @precondition(lambda self: any(each.booting for each in self.world.workers.values()))
+    @rule(pick=picks)
+    def a_process_cannot_load(self, pick: int) -> None:
+        booting = [each for each in self.world.workers.values() if each.booting]
+        self.world.fail(self._one_of(booting, pick))
+
     @precondition(lambda self: self.world.unburied)
     @rule(pick=picks, heard=st.sampled_from(["dispatcher", "master", "both", "master first"]))
     def a_death_is_noticed(self, pick: int, heard: str) -> None:
@@ -241,7 +247,8 @@ class Histories(RuleBasedStateMachine):
         assert not (p and decisions.waiting), "P1: a request waits for ever"
         assert len(world.workers) == decisions.usable == p, "P7: one that was told to leave is here"
         assert decisions.processes.keys() == world.workers.keys()
-        assert not any(each.told for each in world.workers.values())
+        told = any(each.told for each in world.workers.values())
+        assert not told or decisions.cannot_load, "P7: one that was told to leave is here"
 
     def teardown(self) -> None:
         global events

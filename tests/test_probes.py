@@ -53,13 +53,13 @@ def test_hundreds_of_pipelined_probes_are_all_answered(start, which):
 
 def test_a_replica_is_ready_when_all_its_processes_are(start, stage):
     server = start(config=TWO, env={"HOLD_IMPORT": "1"}, ready=False)
-    first, second = stage.take(2)
+    first = stage.next()
     assert (probe(server, "readyz"), probe(server, "healthz")) == (NOT_READY, HEALTHY)
     first.finish()
     server.wait_numbers(processes=1)
     assert (probe(server, "readyz"), probe(server, "healthz")) == (NOT_READY, HEALTHY)
     assert server.get("/hello").status == 200
-    second.finish()
+    stage.next().finish()
     server.wait_ready()
 
 

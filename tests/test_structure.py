@@ -18,8 +18,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
     "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
-    "dispatcher", "endings", "head", "heritage", "journal", "listeners", "overtime", "pages",
-    "processes", "rate", "rest", "rules", "supervisor", "unpatched",
+    "dispatcher", "endings", "guard", "head", "heritage", "journal", "listeners", "overtime",
+    "pages", "processes", "rate", "ready_file", "rest", "rules", "supervisor", "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 

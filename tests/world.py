@@ -77,6 +77,7 @@ class World:
         self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
         self._ages = 0
         self._numbers = 0
+        self.failed = 0  # the newest age that could not load the app
         self._reloading = 0  # the newest age of before, while a reload waits for those to go
         self.reads_at_once = True
         self.write()
@@ -137,6 +138,12 @@ class World:
         """TERM, or max_requests: it wants to leave; while it still loads it just ends."""
         worker.told = True
         if worker.booting:
+            self.die(worker)
+
+    def fail(self, worker: Worker) -> None:
+        """It cannot load the app, says so, and ends."""
+        if worker.booting:
+            self.failed = max(self.failed, worker.age)
             self.die(worker)
 
     def reap(self, worker: Worker) -> None:
@@ -276,6 +283,7 @@ class World:
 
     def _be_born(self, was_ready: bool) -> None:
         rules = self.page[0]
+        rules = replace(rules, processes=max(1, rules.processes))
         self.decisions, self.model = Decisions(rules), Model(rules, was_ready)
         self.decisions.was_ready = was_ready
         for age, worker in self.table.items():
@@ -306,8 +314,13 @@ class World:
     def read(self) -> None:
         """Look at the master's page."""
         rules, live, stopped = self.page
-        self.tell("ruled", rules, live, self.now)
-        if stopped and not self.decisions.stopping:
+        paused = not rules.processes
+        if paused:
+            rules = self.decisions.rules
+        self.tell("ruled", rules, live, self.now, self.failed)
+        if self.decisions.stopping and not (stopped or paused):
+            self.tell("resume", self.now)
+        if (stopped or paused) and not self.decisions.stopping:
             self.tell("stop")
 
     def hear_death(self, worker: Worker) -> None:
