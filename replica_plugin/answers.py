@@ -91,6 +91,11 @@ UNTAKEN = Answer(503, "The process that was to work on this request is out of de
 LOST = Answer(502, "The process that was working on this request died.")
 
 
+def overdue(seconds: float | None) -> Answer:
+    """The app took too long."""
+    return Answer(504, f"The app did not answer within request_timeout ({_seconds(seconds)}).")
+
+
 def head_too_late(seconds: float) -> Answer:
     """The head did not arrive in time."""
     limit = f"header_timeout ({_seconds(seconds)})"

@@ -15,6 +15,7 @@ Invariants, after every event:
 4. `waiting` is ordered by request number: the order in which they became ready.
 5. Nothing is admitted while `in_flight >= bound`.
 6. A dismissed process is sent nothing more; a process is dismissed once.
+7. Because of stuck requests (overtime.py) at most p processes are ended in CALM seconds.
 
 It assumes that request numbers are never used twice, and that `now` never runs backwards.
 """
@@ -28,6 +29,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from .overtime import GRACE, Overtime, Quota
 from .rate import Rate
 
 
@@ -54,9 +56,10 @@ class Refuse(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The process that ran this request died."""
+    """The process that ran this request died; `overdue` if it was killed, and that is why."""
 
     request: int
+    overdue: bool = False
 
 
 class Dismiss(NamedTuple):
@@ -65,7 +68,19 @@ class Dismiss(NamedTuple):
     age: int
 
 
-Action = Send | Refuse | Lost | Dismiss
+class Inspect(NamedTuple):
+    """See what the process of this age is doing, of which we should have heard by now."""
+
+    age: int
+
+
+class Kill(NamedTuple):
+    """Kill the process of this age: it runs nothing but stuck requests, or is silent."""
+
+    age: int
+
+
+Action = Send | Refuse | Lost | Dismiss | Inspect | Kill
 
 
 @dataclass(frozen=True)
@@ -76,6 +91,8 @@ class Rules:
     threads: int = 1
     bound: int = 1024
     queue_timeout: float | None = None
+    request_timeout: float | None = None
+    grace: float = GRACE
 
     @property
     def cap(self) -> int:
@@ -98,6 +115,19 @@ class Process:
     stalled: bool = False
     last_start: int = 0
     requests: dict[int, float] = field(default_factory=dict)
+    overdue: set[int] = field(default_factory=set)  # of which the process has said so
+    stuck: set[int] = field(default_factory=set)  # those that have had their grace
+    killed: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has not said that a request is overdue, though there was time to."""
+        return not self.stuck <= self.overdue
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it runs nothing, but for stuck requests."""
+        return self.running == len(self.stuck)
 
     @property
     def running(self) -> int:
@@ -127,6 +157,9 @@ class Decisions:
         self._usable: list[Process] = []
         self._starts = 0
         self._rate = Rate()
+        self._overtime = Overtime()
+        self._stuck: set[int] = set()  # ages of processes with stuck requests
+        self._quota = Quota()  # of processes that are ended because of them
 
     def __repr__(self) -> str:
         return f"<Replica {self.running}/{self.rules.cap} running, {len(self.waiting)} waiting>"
@@ -170,6 +203,15 @@ class Decisions:
         if self.rules.queue_timeout is None or not self.waiting:
             return math.inf
         return next(iter(self.waiting.values())) + self.rules.queue_timeout
+
+    def overdue_at(self, request: int) -> float:
+        """When a request that was just sent reaches `request_timeout`; infinity if it does not."""
+        return self._overtime.overdue_at(request)
+
+    def next_overdue(self) -> float:
+        """When there is something to do about requests that run for too long; or sooner."""
+        due = self._overtime.due(self.rules.grace)
+        return min(due, self._quota.next) if self._stuck else due
 
     def retry_after(self, now: float) -> int:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
@@ -226,9 +268,18 @@ class Decisions:
             return []
         process = self.processes[age]
         del process.requests[request]
+        self._untime(process, request)
         process.free += 1
         self.running -= 1
         return self._start(now)
+
+    def overdue(self, age: int, request: int) -> bool:
+        """The process says that a request has reached `request_timeout`; whether it is its own."""
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return False
+        process.overdue.add(request)
+        return True
 
     def unsent(self, age: int, request: int, now: float) -> list[Action]:
         """The message could not be delivered: undo the start, send nothing until `sendable`."""
@@ -275,11 +326,16 @@ class Decisions:
 
     def died(self, age: int, unread: Collection[int], now: float) -> list[Action]:
         """A process is dead. What it had not begun to read goes back to the head of the queue."""
-        process = self._forget(age)
+        process = self.processes.get(age)
         if process is None:
             return []
+        lost: list[Action] = [
+            Lost(r, process.killed and self._is_overdue(process, r, now))
+            for r in process.requests
+            if r not in unread
+        ]
+        self._forget(age)
         self._requeue([(r, at) for r, at in process.requests.items() if r in unread])
-        lost: list[Action] = [Lost(r) for r in process.requests if r not in unread]
         return lost + self._changed() + self._start(now)
 
     # Events from the master, and from the clock.
@@ -310,11 +366,13 @@ class Decisions:
         return self._changed()
 
     def tick(self, now: float) -> list[Action]:
-        """Refuse what has waited for `queue_timeout`; start what a change of processes allows."""
+        """Refuse what has waited for `queue_timeout`, see to what runs for longer than
+        `request_timeout`, and start what a change of processes allows."""
         refused: list[Action] = []
         while self.next_expiry() <= now:
             refused.append(Refuse(self.waiting.popitem(last=False)[0], Why.WAITED))
-        return refused + self._start(now)
+        overdue = self._see_to_overdue(now) if self._overtime or self._stuck else []
+        return refused + overdue + self._start(now)
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
@@ -336,6 +394,9 @@ class Decisions:
             request, since = self.waiting.popitem(last=False)
             process.requests[request] = since
             process.free -= 1
+            if self.rules.request_timeout is not None:
+                overdue_at = now + self.rules.request_timeout
+                self._overtime.start(request, process.age, overdue_at)
             self._starts += 1
             process.last_start = self._starts
             self.running += 1
@@ -390,9 +451,56 @@ class Decisions:
             return True
         return not (self.booting or self.cannot_load) and len(present) >= wanted
 
+    def _see_to_overdue(self, now: float) -> list[Action]:
+        """Inspect processes that are silent; end those with requests that have had their grace."""
+        grace = self.rules.grace
+        actions: list[Action] = [
+            Inspect(age)
+            for request, age in self._overtime.silent(now, grace)
+            if request not in self.processes[age].overdue
+        ]
+        for request, age in self._overtime.stuck(now, grace):
+            self.processes[age].stuck.add(request)
+            self._stuck.add(age)
+        self._quota.forget(now)
+        for age in sorted(self._stuck):
+            actions += self._end_stuck(self.processes[age], now)
+        return actions
+
+    def _end_stuck(self, process: Process, now: float) -> list[Action]:
+        """End a process with stuck requests, as far as may be now.
+
+        It is killed, if it is silent, since then nobody can be asked; or when it runs nothing
+        else. Until then it is dismissed, and finishes; as long as it has slots that work it
+        has to wait until it can be spared.
+        """
+        at_once = process.is_silent or (process.is_idle and not process.free)
+        actions: list[Action] = []
+        if not process.dismissed:
+            may_leave = at_once or self._may_leave(process)
+            if not (may_leave and self._quota.take(max(1, self.rules.processes), now)):
+                return []
+            process.dismissed = True
+            actions = [Dismiss(process.age), *self._changed()]
+        if (at_once or process.is_idle) and not process.killed:
+            process.killed = True
+            actions.append(Kill(process.age))
+        return actions
+
+    def _is_overdue(self, process: Process, request: int, now: float) -> bool:
+        return request in process.stuck or self._overtime.overdue_at(request) <= now
+
+    def _untime(self, process: Process, request: int) -> None:
+        self._overtime.end(request)
+        process.overdue.discard(request)
+        process.stuck.discard(request)
+        if not process.stuck:
+            self._stuck.discard(process.age)
+
     def _undo_start(self, process: Process, request: int) -> None:
         process.free += 1
         self.running -= 1
+        self._untime(process, request)
         self._requeue([(request, process.requests.pop(request))])
 
     def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
@@ -412,8 +520,9 @@ class Decisions:
         self.processes[process.age] = process
         self.running += process.running
 
-    def _forget(self, age: int) -> Process | None:
+    def _forget(self, age: int) -> None:
         process = self.processes.pop(age, None)
         if process is not None:
             self.running -= process.running
-        return process
+            for request in process.requests:
+                self._untime(process, request)

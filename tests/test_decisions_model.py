@@ -34,6 +34,8 @@ rules = st.builds(
     threads=st.integers(1, 3),
     bound=st.integers(1, 12),
     queue_timeout=st.sampled_from([None, 0.5, 1.0]),
+    request_timeout=st.sampled_from([None, 0.25, 0.25, 1.0]),
+    grace=st.sampled_from([0.5, 1.0]),
 )
 events = 0
 
@@ -266,9 +268,9 @@ class Histories(RuleBasedStateMachine):
         events += world.events
 
 
-def run(examples: int, steps: int) -> None:
+def run(examples: int, steps: int, histories: type[RuleBasedStateMachine] = Histories) -> None:
     run_state_machine_as_test(
-        Histories,
+        histories,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,
