@@ -43,6 +43,18 @@ TURN = 1.0  # seconds between two heartbeats at most
 LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
 
 
+def _leave_at_once(number: int, frame: Any) -> None:
+    os._exit(0)
+
+
+# TERM needs no turn of the interpreter, which may be in a long call; QUIT would leave a core.
+_WHILE_LOADING: dict[signal.Signals, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGQUIT: _leave_at_once,
+    signal.SIGINT: _leave_at_once,
+}
+
+
 class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     """What the worker classes of both modes have in common."""
 
@@ -82,21 +94,34 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.sockets: list[Any] = []
         super().init_process()
 
+    def init_signals(self) -> None:
+        super().init_signals()
+        self.leave_at_once_when_told()
+
+    def leave_at_once_when_told(self) -> None:
+        """Until the app is loaded there is nothing to finish."""
+        for number, at_once in _WHILE_LOADING.items():
+            signal.signal(number, at_once)
+
     def load_wsgi(self) -> None:
         """Load the app; however long that takes, and whether or not it holds the GIL."""
         far = time.monotonic() + LOAD_TIME
         os.utime(self.tmp.fileno(), (far, far))
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to finish yet
-        if not self.alive:
-            sys.exit(0)
         master = self._master
         loading = Loading(self, master.load_page, master.page, master.replica_page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
         loading.run(super().load_wsgi, staggered)
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else the app wants it
-            signal.signal(signal.SIGTERM, self.handle_exit)
-            signal.siginterrupt(signal.SIGTERM, False)
+        self._heed_signals()
         self.notify()
+
+    def _heed_signals(self) -> None:
+        """Again as gunicorn's `init_signals` has it, but for those that the app has taken."""
+        ours = {signal.SIGTERM: self.handle_exit}
+        ours |= dict.fromkeys((signal.SIGQUIT, signal.SIGINT), self.handle_quit)
+        for number, at_once in _WHILE_LOADING.items():
+            if signal.getsignal(number) is at_once:
+                signal.signal(number, ours[number])
+        signal.siginterrupt(signal.SIGTERM, False)
 
     def run(self) -> None:
         """Serve until dismissed."""

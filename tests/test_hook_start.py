@@ -380,9 +380,7 @@ def test_our_worker_class_alone_is_enough_and_the_conflict_is_logged(start, stag
 
 
 LACKING = {
-    "epoll": "import select\ndel select.epoll\n",
-    "any epoll": "import select\nfor n in [n for n in dir(select) if 'EPOLL' in n.upper()]:\n"
-    "    delattr(select, n)\n",
+    "Linux": "import sys\nsys.platform = 'freebsd14'\n",
     "pidfd_open": "import os\ndel os.pidfd_open\n",
     "memfd_create": "import os\ndel os.memfd_create\n",
     "eventfd": "import os\ndel os.eventfd\n",
