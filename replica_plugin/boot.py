@@ -103,8 +103,8 @@ def _without_dispatcher(cfg: Config) -> str:
         why = "this system lacks epoll, pidfd or the passing of descriptors"
     return (
         f"No dispatcher: worker class {cfg.worker_class_str} ({why}). Each process keeps a queue "
-        f"of its own, with {cfg.threads} threads; that all slots are used before a request waits "
-        "(P1), the order of requests (P3) and their bound (P4) are not promised."
+        f"of its own, with {cfg.threads} threads; that all slots are used before a request waits, "
+        "the order of requests and their bound are not promised."
     )
 
 

@@ -62,6 +62,12 @@ def test_the_commented_file_loads_with_every_comment_on_a_key_removed() -> None:
     assert "default" not in {loaded.sources[key.name] for key in supported()}
 
 
+def test_the_commented_file_shows_a_value_to_use_where_the_default_is_none() -> None:
+    entries = [line for line in templates.replica_yaml().splitlines() if line.startswith("#")]
+    assert [line for line in entries if line.endswith(": none")] == []
+    assert "#ready_file: /run/replica/ready" in entries
+
+
 def test_the_commented_file_fits_a_terminal() -> None:
     assert max(map(len, templates.replica_yaml().splitlines())) <= 100
 

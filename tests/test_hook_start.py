@@ -243,8 +243,8 @@ def test_with_another_worker_class_there_is_no_dispatcher_and_it_is_said(start, 
     used = "gthread" if kind == "sync" else kind
     assert messages(server.log, "WARNING") == [
         f"No dispatcher: worker class {used} (this worker class was asked for). Each process keeps "
-        "a queue of its own, with 2 threads; that all slots are used before a request waits "
-        "(P1), the order of requests (P3) and their bound (P4) are not promised."
+        "a queue of its own, with 2 threads; that all slots are used before a request waits, "
+        "the order of requests and their bound are not promised."
     ]
     pids = set()
     wait_for(lambda: pids.add(server.get("/numbers").json["pid"]) or len(pids) == 2, "two workers")
@@ -420,8 +420,7 @@ def test_a_system_that_lacks_something_gets_gthread_and_is_told(start, tmp_path,
     assert messages(server.log, "WARNING") == [
         "No dispatcher: worker class gthread (this system lacks epoll, pidfd or the passing of "
         "descriptors). Each process keeps a queue of its own, with 2 threads; that all slots are "
-        "used before a request waits (P1), the order of requests (P3) and their bound (P4) are "
-        "not promised."
+        "used before a request waits, the order of requests and their bound are not promised."
     ]
     pids = set()
     wait_for(lambda: pids.add(server.get("/numbers").json["pid"]) or len(pids) == 2, "two workers")
