@@ -72,8 +72,9 @@ class Answer:
 def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> Answer:
     """What a client is told whose request was refused."""
     if why is Why.FULL:
+        are = "request is" if rules.bound == 1 else "requests are"
         text = (
-            f"The replica is full: {rules.bound} requests are in flight, as many as "
+            f"The replica is full: {rules.bound} {are} in flight, as many as "
             f"max_replica_concurrency ({rules.bound}) admits."
         )
         return Answer(overload_status, text, retry_after)

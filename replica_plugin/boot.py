@@ -56,10 +56,15 @@ def describe(processes: int, threads: int, loaded: Loaded) -> str:
     bound = loaded.settings.max_replica_concurrency
     slots = processes * threads
     return (
-        f"Replica: {processes} processes x {threads} threads = {slots} requests at a time "
+        f"Replica: {_count(processes, 'process', 'es')} x {_count(threads, 'thread')} = "
+        f"{_count(slots, 'request')} at a time "
         f"({loaded.settings.mode} mode), up to {max(0, bound - slots)} waiting "
         f"(max_replica_concurrency {bound}), from {loaded.file or 'defaults'}"
     )
+
+
+def _count(number: int, noun: str, ending: str = "s") -> str:
+    return f"{number} {noun}{'' if number == 1 else ending}"
 
 
 def overrides(cfg: Config, loaded: Loaded) -> list[str]:

@@ -88,7 +88,7 @@ def test_a_full_process_refuses_with_the_reason_and_the_status_that_was_asked_fo
     status, headers, body = status_of(app)
     assert status == "429 Too Many Requests"
     assert body == (
-        b"The replica is full: 1 requests are in flight, "
+        b"The replica is full: 1 request is in flight, "
         b"as many as max_replica_concurrency (1) admits.\n"
     )
     assert headers["Retry-After"].isdigit()

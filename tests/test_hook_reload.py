@@ -53,7 +53,7 @@ def test_changed_settings_are_in_effect_after_hup_in_every_form_of_configuration
     assert waited == b"No slot became free within queue_timeout (0.2 s).\n"
     finish(running, actors)
     assert (
-        "Replica: 2 processes x 1 threads = 2 requests at a time (thread mode), "
+        "Replica: 2 processes x 1 thread = 2 requests at a time (thread mode), "
         "up to 1 waiting (max_replica_concurrency 3), from replica.yaml"
     ) in messages(server.log, "INFO")
 

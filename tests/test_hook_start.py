@@ -17,7 +17,7 @@ COMMAND = (str(BIN / "gunicorn"),)
 APP = "def app(environ, start_response):\n    start_response('200 OK', [])\n    return [b'here']\n"
 IMPORT = "from replica_plugin.conf import *\n"
 DEFAULTS = (
-    "Replica: 1 processes x 1 threads = 1 requests at a time (thread mode), "
+    "Replica: 1 process x 1 thread = 1 request at a time (thread mode), "
     "up to 1023 waiting (max_replica_concurrency 1024), from "
 )
 

@@ -56,7 +56,7 @@ def test_the_access_logs_format_holds_for_refusals(start, stage):
     access = server.folder / "access"
     wait_for(lambda: lines(access, "503"), "the refusal")
     body = (
-        "The replica is full: 1 requests are in flight, as many as "
+        "The replica is full: 1 request is in flight, as many as "
         "max_replica_concurrency (1) admits.\n"
     )
     assert lines(access, "503") == [

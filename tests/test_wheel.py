@@ -80,5 +80,5 @@ def test_wheel_in_an_empty_environment_shows_the_demo_and_serves(
         config={"processes_per_replica": 2},
         env={"PYTHONPATH": None},
     )
-    assert "Replica: 2 processes x 1 threads" in server.log
+    assert "Replica: 2 processes x 1 thread" in server.log
     assert server.get("/-/readyz").body == b"ready\n"
