@@ -262,7 +262,7 @@ def test_a_reload_changes_the_mode_and_fails_no_request(start, stage):
             load.go_on(20)
             server.write_config({**GEVENT, "mode": mode, "threads_per_process": threads})
             server.tell(signal.SIGHUP)
-            server.wait_log(rf"2 processes x {threads} threads = .* \({mode} mode\)")
+            server.wait_log(rf"2 processes x {threads} threads? = .* \({mode} mode\)")
             wait_for(lambda: not set(before) & set(server.workers), "the old ones gone")
             load.go_on(20)
     assert load.failures == []

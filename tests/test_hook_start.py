@@ -222,7 +222,7 @@ def test_the_command_line_wins_and_the_cap_is_then_its_own(start, stage, argumen
         if value != 2
     ]
     assert messages(server.log, "WARNING") == lines
-    server.wait_log(f"Replica: {p} processes x {t} threads = {p * t} requests at a time")
+    server.wait_log(f"Replica: {p} process(es)? x {t} threads? = {p * t} requests? at a time")
     waiting = [server.later(f"/hold/{n}") for n in range(p * t + 1)]
     actors = stage.take(p * t)
     server.wait_numbers(running=p * t, waiting=1, processes=p, slots=p * t)

@@ -230,7 +230,7 @@ def test_hup_takes_other_numbers_and_no_request_fails(start, stage):
             numbers = {"processes_per_replica": p, "threads_per_process": t}
             server.write_config({**numbers, "max_replica_concurrency": bound})
             server.tell(signal.SIGHUP)
-            server.wait_log(rf"Replica: {p} processes x {t} threads .*concurrency {bound}\)")
+            server.wait_log(rf"Replica: {p} process(es)? x {t} threads? .*concurrency {bound}\)")
             wait_for(lambda old=old: not old & set(server.workers), "the old ones' end")
             server.wait_numbers(processes=p, slots=p * t)
             load.go_on(100)
