@@ -13,7 +13,8 @@ Invariants, after every event:
    `running < processes * threads`. `_start` is the one place that takes a credit.
 3. A request is in exactly one of: `waiting`, the `requests` of one process, or gone.
 4. `waiting` is ordered by request number: the order in which they became ready.
-5. Nothing is admitted while `in_flight >= bound`.
+5. Nothing is admitted while `in_flight >= bound`. In a dry run it is, and the answer says so;
+   `_spared` then tells how many in flight would not be there otherwise.
 6. A dismissed process is sent nothing more; a process is dismissed once.
 
 It assumes that request numbers are never used twice, and that `now` never runs backwards.
@@ -53,6 +54,12 @@ class Refuse(NamedTuple):
     why: Why
 
 
+class Spare(NamedTuple):
+    """This request was admitted in a dry run, and would have been refused."""
+
+    request: int
+
+
 class Lost(NamedTuple):
     """The process that ran this request died."""
 
@@ -65,7 +72,7 @@ class Dismiss(NamedTuple):
     age: int
 
 
-Action = Send | Refuse | Lost | Dismiss
+Action = Send | Refuse | Spare | Lost | Dismiss
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,7 @@ class Rules:
     threads: int = 1
     bound: int = 1024
     queue_timeout: float | None = None
+    dry_run: bool = False
 
     @property
     def cap(self) -> int:
@@ -123,6 +131,7 @@ class Decisions:
         self.was_ready = False
         self._usable: list[Process] = []
         self._starts = 0
+        self._spared = 0
         self._rate = Rate()
 
     def __repr__(self) -> str:
@@ -174,10 +183,14 @@ class Decisions:
 
     def ready(self, request: int, now: float) -> list[Action]:
         """A request has arrived whole. Admit or refuse it; start it if a slot is free."""
-        if self.in_flight >= self.rules.bound:
-            return [Refuse(request, Why.FULL)]
+        spared: list[Action] = []
+        if self._is_full():
+            if not self.rules.dry_run:
+                return [Refuse(request, Why.FULL)]
+            self._spared += 1
+            spared = [Spare(request)]
         self.waiting[request] = now
-        return self._start(now)
+        return spared + self._start(now)
 
     def gone(self, request: int) -> None:
         """The client of a waiting request left: it will not be run."""
@@ -282,6 +295,15 @@ class Decisions:
         return refused
 
     # How it is decided.
+
+    def _is_full(self) -> bool:
+        """Whether one more is too many, in a replica that had refused all that were.
+
+        In a dry run they are here, too. Each end of a request counts as one of that replica's,
+        as long as it would have had any: it would have been as busy.
+        """
+        self._spared = min(self._spared, self.in_flight) if self.rules.dry_run else 0
+        return self.in_flight - self._spared >= self.rules.bound
 
     def _start(self, now: float) -> list[Action]:
         """Send from the head of the queue while there are credits and the cap allows."""

@@ -28,7 +28,7 @@ from . import answers
 from .channel import Adopt, Job, Kind, Report
 from .clients import Clients
 from .connection import Connection
-from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send
+from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send, Spare
 from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
@@ -69,6 +69,7 @@ class Dispatcher:
         self._stop: Stop | None = None
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._ended = False
+        self._spared = frame.replica_page.read().spared
         self._decisions.was_ready = self._heritage.was_ready
         for age, slots, _ in self._heritage.rows():
             self._decisions.expected(age, slots)
@@ -137,6 +138,7 @@ class Dispatcher:
             decisions.rules.bound,
             len(self._clients.connections),
             self._clients.unsent,
+            self._spared,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -229,6 +231,8 @@ class Dispatcher:
                 self._send(action, now)
             elif isinstance(action, Refuse):
                 self._refuse(action, now)
+            elif isinstance(action, Spare):
+                self._spare(now)
             elif isinstance(action, Dismiss):
                 self._processes.dismiss(action.age)
 
@@ -258,6 +262,10 @@ class Dispatcher:
             self._decisions.retry_after(now),
         )
         self._clients.answer(conn, answer, now)
+
+    def _spare(self, now: float) -> None:
+        self._spared += 1
+        self._journal.spared(self._decisions.rules.bound, now)
 
     # What the master wants.
 

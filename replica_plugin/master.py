@@ -107,6 +107,7 @@ class Master:
                 cfg.threads,
                 self.settings.max_replica_concurrency,
                 self.settings.queue_timeout,
+                self.settings.overload_dry_run,
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),

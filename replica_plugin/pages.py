@@ -23,7 +23,7 @@ _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follow
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
-_NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
+_NUMBERS = struct.Struct("@dQQQQQQQQQ")  # native: each number is one aligned word
 
 
 def create(name: str, size: int) -> int:
@@ -75,7 +75,8 @@ class MasterPage:
 class Numbers(NamedTuple):
     """The replica in numbers. `beat` is the monotonic time of the dispatcher's last turn.
 
-    `unsent` are bytes of responses that slots have left to the dispatcher.
+    `unsent` are bytes of responses that slots have left to the dispatcher. `spared` counts, since
+    the start of the replica, the requests that overload_dry_run has let in.
     """
 
     beat: float = 0.0
@@ -87,6 +88,7 @@ class Numbers(NamedTuple):
     bound: int = 0
     connections: int = 0
     unsent: int = 0
+    spared: int = 0
 
 
 class ReplicaPage:

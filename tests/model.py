@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Why
+from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Spare, Why
 
 
 @dataclass
@@ -43,12 +43,19 @@ class Model:
         self.drained = False
         self.was_ready = was_ready
         self.sends = 0
+        self.spared = 0
 
     # Events, each with what was answered.
 
     def ready(self, request, now, actions):
         self.ready_at[request] = now
-        if len(self.waiting) + self.running() >= self.rules.bound:
+        if self.admitted() >= self.rules.bound:
+            if self.rules.dry_run:
+                assert actions[:1] == [Spare(request)], "a dry run says what it lets in"
+                self.spared += 1
+                self.waiting.append(request)
+                self._judge(actions[1:])
+                return
             assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
         else:
             self.waiting.append(request)
@@ -126,6 +133,12 @@ class Model:
     def give_up(self, actions):
         assert actions == [Refuse(each, Why.STOPPING) for each in self.waiting]
         self.waiting = []
+
+    def admitted(self):
+        """How many a replica would have in flight that had refused what was spared."""
+        in_flight = len(self.waiting) + self.running()
+        self.spared = min(self.spared, in_flight) if self.rules.dry_run else 0
+        return in_flight - self.spared
 
     # Judgement.
 

@@ -207,3 +207,31 @@ def test_a_stream_of_refusals_takes_no_admitted_request_with_it(replica, stage, 
     kept.close()
     assert replica.numbers()[4:6] == (6, 4)
     empty(clients, actors, stage)
+
+
+def test_a_dry_run_admits_all_and_tells_how_many_would_have_been_refused(start, stage_of_start):
+    server = start(config=config(overload_dry_run=True))
+    clients, actors = fill(server, stage_of_start, 0)
+    clients += [server.connect().ask("/hold/spared") for _ in range(5)]
+    server.wait_numbers(waiting=11)
+    assert server.numbers().spared == 5
+    line = r"\[WARNING\] Dry run: beyond max_replica_concurrency \(10\), and admitted"
+    assert server.wait_log(line)
+    empty(clients, actors, stage_of_start, waiting=11)
+    clients, actors = fill(server, stage_of_start, 0)
+    empty(clients, actors, stage_of_start)
+    assert server.numbers().spared == 5
+
+
+def test_what_a_dry_run_counts_outlives_the_dispatcher(start, stage_of_start):
+    server = start(config=config(4, overload_dry_run=True))
+    clients, actors = fill(server, stage_of_start, 0, count=5)
+    assert server.numbers().spared == 1
+    before = server.dispatcher
+    server.tell(signal.SIGKILL, before)
+    for actor in actors:
+        actor.finish()
+    assert [client.reply().status for client in clients[:4]] == [200] * 4
+    wait_for(lambda: server.dispatcher != before, "another dispatcher")
+    assert server.get("/hello").status == 200
+    assert server.numbers().spared == 1

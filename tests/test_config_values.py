@@ -223,7 +223,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
     [
         ("request_timeout", "5s", '"5s"'),
         ("exempt", "[/a, /b]", "a list"),
-        ("overload_dry_run", "false", "false"),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),
         ("admin_bind", "unix:/run/admin.sock", '"unix:/run/admin.sock"'),
         ("ready_file", "ready", '"ready"'),

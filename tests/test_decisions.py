@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Why
+from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Spare, Why
 
 
 def replica(
@@ -361,3 +361,30 @@ def test_retry_after_is_a_minute_when_nothing_has_started_or_not_for_long():
     assert decisions.retry_after(0.0) == 60
     arrive(decisions, 1, 2)
     assert decisions.retry_after(1000.0) == 60
+
+
+def test_a_dry_run_admits_beyond_the_bound_and_says_so():
+    decisions = Decisions(Rules(1, 1, 2, dry_run=True))
+    join(decisions, 1, 1)
+    assert arrive(decisions, 1, 2) == [Send(1, 1)]
+    assert arrive(decisions, 3, 4) == [Spare(3), Spare(4)]
+    assert decisions.in_flight == 4
+
+
+def test_a_dry_run_counts_as_if_it_had_refused():
+    """Two end; a replica that had refused 3 and 4 would be empty, and admit two again."""
+    decisions = Decisions(Rules(1, 1, 2, dry_run=True))
+    join(decisions, 1, 1)
+    arrive(decisions, 1, 2, 3, 4)
+    decisions.done(1, 1, 0.0)
+    decisions.done(1, 2, 0.0)
+    assert arrive(decisions, 5, 6, 7) == [Spare(7)]
+
+
+def test_a_dry_run_that_ends_leaves_the_bound_as_it_is():
+    decisions = Decisions(Rules(1, 1, 2, dry_run=True))
+    join(decisions, 1, 1)
+    arrive(decisions, 1, 2, 3)
+    decisions.ruled(Rules(1, 1, 2), [1], 0.0)
+    decisions.done(1, 1, 0.0)
+    assert arrive(decisions, 4) == [Refuse(4, Why.FULL)]

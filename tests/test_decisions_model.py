@@ -34,6 +34,7 @@ rules = st.builds(
     threads=st.integers(1, 3),
     bound=st.integers(1, 12),
     queue_timeout=st.sampled_from([None, 0.5, 1.0]),
+    dry_run=st.sampled_from([False, False, False, True]),
 )
 events = 0
 

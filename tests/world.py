@@ -19,7 +19,7 @@ from typing import Any
 
 from model import Model
 
-from replica_plugin.decisions import Action, Decisions, Lost, Refuse, Rules, Send
+from replica_plugin.decisions import Action, Decisions, Lost, Refuse, Rules, Send, Spare
 
 
 @dataclass(eq=False)
@@ -304,6 +304,8 @@ class World:
             self._send(action, self.table[action.age])
         elif isinstance(action, Refuse):
             self._end(action.request, "waiting", "refused")
+        elif isinstance(action, Spare):
+            assert self.requests[action.request] == "waiting"
         elif isinstance(action, Lost):
             self._end(action.request, "sent", "lost")
         else:

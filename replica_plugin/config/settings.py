@@ -69,8 +69,8 @@ class Settings:
     overload_status: int = _key(
         Choice((503, 429)), 503, "the status of a refusal above max_replica_concurrency"
     )
-    overload_dry_run: bool = _later(
-        Boolean(), False, "admit, but count and log what would have been refused"
+    overload_dry_run: bool = _key(
+        Boolean(), False, "admit, but count and log what max_replica_concurrency would have refused"
     )
     request_buffer: int = _key(
         Size(least=0), 2**20, "how much of a request body is awaited before it takes a slot"
