@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -69,8 +70,10 @@ class Answer:
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
-def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> Answer:
-    """What a client is told whose request was refused."""
+def refusal(
+    why: Why, rules: Rules, overload_status: int, retry_after: int, patience: float = math.inf
+) -> Answer:
+    """What a client is told whose request was refused. `patience` is its own wait limit."""
     if why is Why.FULL:
         text = (
             f"The replica is full: {rules.bound} requests are in flight, as many as "
@@ -78,7 +81,10 @@ def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> A
         )
         return Answer(overload_status, text, retry_after)
     if why is Why.WAITED:
-        text = f"No slot became free within queue_timeout ({_seconds(rules.queue_timeout)})."
+        name, limit = "queue_timeout", rules.wait_limit
+        if patience < limit:
+            name, limit = "X-Queue-Timeout", patience
+        text = f"No slot became free within {name} ({_seconds(limit)})."
         return Answer(503, text, retry_after)
     return Answer(503, "The server is shutting down, and no slot became free in time.", 1)
 
@@ -114,5 +120,5 @@ def probe(good: bool, good_text: str, bad_text: str) -> Answer:
     return Answer(200, good_text) if good else Answer(503, bad_text)
 
 
-def _seconds(value: float | None) -> str:
+def _seconds(value: float) -> str:
     return f"{value:g} s"

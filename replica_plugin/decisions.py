@@ -23,12 +23,12 @@ It assumes that request numbers are never used twice, and that `now` never runs 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from .queue import Queue, Wait
 from .rate import Rate
 
 
@@ -90,6 +90,11 @@ class Rules:
         """How many requests may run at once in the replica."""
         return self.processes * self.threads
 
+    @property
+    def wait_limit(self) -> float:
+        """`queue_timeout`, or infinity."""
+        return math.inf if self.queue_timeout is None else self.queue_timeout
+
 
 @dataclass(eq=False)
 class Process:
@@ -104,7 +109,7 @@ class Process:
     dismissed: bool = False
     blocked: bool = False
     last_start: int = 0
-    requests: dict[int, float] = field(default_factory=dict)
+    requests: dict[int, Wait] = field(default_factory=dict)
 
     @property
     def running(self) -> int:
@@ -122,7 +127,7 @@ class Decisions:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.waiting: OrderedDict[int, float] = OrderedDict()
+        self.waiting = Queue()
         self.processes: dict[int, Process] = {}
         self.live: frozenset[int] = frozenset()
         self.running = 0
@@ -165,10 +170,8 @@ class Decisions:
         return self.usable > 0 or self.booting
 
     def next_expiry(self) -> float:
-        """When the oldest waiting request reaches `queue_timeout`; infinity if none will."""
-        if self.rules.queue_timeout is None or not self.waiting:
-            return math.inf
-        return next(iter(self.waiting.values())) + self.rules.queue_timeout
+        """When a waiting request reaches its wait limit; infinity if none will."""
+        return self.waiting.next_expiry(self.rules.wait_limit)
 
     def retry_after(self, now: float) -> int:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
@@ -181,20 +184,23 @@ class Decisions:
 
     # Events from clients.
 
-    def ready(self, request: int, now: float) -> list[Action]:
-        """A request has arrived whole. Admit or refuse it; start it if a slot is free."""
+    def ready(self, request: int, now: float, patience: float = math.inf) -> list[Action]:
+        """A request has arrived whole. Admit or refuse it; start it if a slot is free.
+
+        `patience` is its own wait limit, in seconds.
+        """
         spared: list[Action] = []
         if self._is_full():
             if not self.rules.dry_run:
                 return [Refuse(request, Why.FULL)]
             self._spared += 1
             spared = [Spare(request)]
-        self.waiting[request] = now
+        self.waiting.append(request, Wait(now, now + patience))
         return spared + self._start(now)
 
     def gone(self, request: int) -> None:
         """The client of a waiting request left: it will not be run."""
-        self.waiting.pop(request, None)
+        self.waiting.remove(request)
 
     # Events from processes.
 
@@ -237,7 +243,7 @@ class Decisions:
         process.blocked = True
         process.free += 1
         self.running -= 1
-        self._requeue([(request, process.requests.pop(request))])
+        self.waiting.put_back([(request, process.requests.pop(request))])
         return self._start(now)
 
     def sendable(self, age: int, now: float) -> list[Action]:
@@ -260,7 +266,7 @@ class Decisions:
         process = self._forget(age)
         if process is None:
             return []
-        self._requeue([(r, at) for r, at in process.requests.items() if r in unread])
+        self.waiting.put_back((r, wait) for r, wait in process.requests.items() if r in unread)
         lost: list[Action] = [Lost(r) for r in process.requests if r not in unread]
         return lost + self._changed() + self._start(now)
 
@@ -282,17 +288,13 @@ class Decisions:
         return self._changed()
 
     def tick(self, now: float) -> list[Action]:
-        """Refuse what has waited for `queue_timeout`; start what a change of processes allows."""
-        refused: list[Action] = []
-        while self.next_expiry() <= now:
-            refused.append(Refuse(self.waiting.popitem(last=False)[0], Why.WAITED))
-        return refused + self._start(now)
+        """Refuse what has waited long enough; start what a change of processes allows."""
+        late = self.waiting.expired(now, self.rules.wait_limit)
+        return [*(Refuse(request, Why.WAITED) for request in late), *self._start(now)]
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits."""
-        refused: list[Action] = [Refuse(request, Why.STOPPING) for request in self.waiting]
-        self.waiting.clear()
-        return refused
+        return [Refuse(request, Why.STOPPING) for request in self.waiting.clear()]
 
     # How it is decided.
 
@@ -313,8 +315,8 @@ class Decisions:
             process = self._least_busy()
             if process is None:
                 break
-            request, since = self.waiting.popitem(last=False)
-            process.requests[request] = since
+            request, wait = self.waiting.take()
+            process.requests[request] = wait
             process.free -= 1
             self._starts += 1
             process.last_start = self._starts
@@ -368,19 +370,6 @@ class Decisions:
         if sum(each.age > process.age for each in present) >= wanted:
             return True
         return not self.booting and len(present) >= wanted
-
-    def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
-        """Put requests that were sent back where their numbers belong, near the head."""
-        back = dict(requests)
-        if not back:
-            return
-        last = max(back)
-        while self.waiting and next(iter(self.waiting)) < last:
-            request, since = self.waiting.popitem(last=False)
-            back[request] = since
-        for request in sorted(back, reverse=True):
-            self.waiting[request] = back[request]
-            self.waiting.move_to_end(request, last=False)
 
     def _remember(self, process: Process) -> None:
         self.processes[process.age] = process

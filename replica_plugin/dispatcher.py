@@ -146,7 +146,8 @@ class Dispatcher:
     def on_ready(self, conn: Connection, now: float) -> None:
         conn.request = next(self._next)
         self._requests[conn.request] = conn
-        self._perform(self._decisions.ready(conn.request, now), now)
+        patience = conn.head.patience if conn.head else math.inf
+        self._perform(self._decisions.ready(conn.request, now, patience), now)
 
     def on_gone(self, conn: Connection) -> None:
         del self._requests[conn.request]
@@ -260,6 +261,7 @@ class Dispatcher:
             self._decisions.rules,
             self._wishes.serving.overload_status,
             self._decisions.retry_after(now),
+            conn.head.patience if conn.head else math.inf,
         )
         self._clients.answer(conn, answer, now)
 

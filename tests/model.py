@@ -38,6 +38,7 @@ class Model:
         self.live: frozenset[int] = frozenset()
         self.waiting: list[int] = []
         self.ready_at: dict[int, float] = {}
+        self.patience: dict[int, float] = {}
         self.processes: dict[int, Known] = {}
         self.stopping = False
         self.drained = False
@@ -47,8 +48,9 @@ class Model:
 
     # Events, each with what was answered.
 
-    def ready(self, request, now, actions):
+    def ready(self, request, now, patience, actions):
         self.ready_at[request] = now
+        self.patience[request] = patience
         if self.admitted() >= self.rules.bound:
             if self.rules.dry_run:
                 assert actions[:1] == [Spare(request)], "a dry run says what it lets in"
@@ -215,8 +217,8 @@ class Model:
         return self.live - registered
 
     def _expiry(self, request):
-        timeout = self.rules.queue_timeout
-        return math.inf if timeout is None else self.ready_at[request] + timeout
+        timeout = math.inf if self.rules.queue_timeout is None else self.rules.queue_timeout
+        return self.ready_at[request] + min(timeout, self.patience[request])
 
     # Comparison.
 

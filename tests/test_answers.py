@@ -128,6 +128,14 @@ def test_every_accept_header_counts_in_any_case():
             Answer(503, "No slot became free within queue_timeout (0.7 s).", 3),
         ),
         (
+            answers.refusal(Why.WAITED, Rules(queue_timeout=0.7), 429, 3, 0.25),
+            Answer(503, "No slot became free within X-Queue-Timeout (0.25 s).", 3),
+        ),
+        (
+            answers.refusal(Why.WAITED, Rules(queue_timeout=0.7), 429, 3, 2.0),
+            Answer(503, "No slot became free within queue_timeout (0.7 s).", 3),
+        ),
+        (
             answers.refusal(Why.STOPPING, Rules(), 429, 3),
             Answer(503, "The server is shutting down, and no slot became free in time.", 1),
         ),

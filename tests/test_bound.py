@@ -197,6 +197,26 @@ def test_queue_timeout_is_kept_on_time_while_no_slot_frees_up(start, stage_of_st
     empty(clients, actors, stage_of_start, waiting=0)
 
 
+def test_a_client_may_shorten_its_own_wait_and_overtakes_nobody_with_it(replica, stage, which):
+    clients, actors = fill(replica, stage, which, count=5)
+    began = time.monotonic()
+    reply = replica.get("/hold/late", which, X_Queue_Timeout="0.3")
+    assert 0.29 < time.monotonic() - began < 1.5
+    assert reply.status == 503
+    assert reply.body == b"No slot became free within X-Queue-Timeout (0.3 s).\n"
+    assert replica.get("/hold/late", which, X_Queue_Timeout="0").status == 503
+    empty(clients, actors, stage, waiting=1)
+    assert replica.get("/hello", which, X_Queue_Timeout="0").status == 200
+
+
+def test_a_client_may_not_lengthen_its_wait(start, stage_of_start):
+    server = start(config=config(bound=100, queue_timeout="300ms"))
+    clients, actors = fill(server, stage_of_start, 0, count=4)
+    reply = server.get("/hold/late", X_Queue_Timeout="60")
+    assert reply.body == b"No slot became free within queue_timeout (0.3 s).\n"
+    empty(clients, actors, stage_of_start, waiting=0)
+
+
 def test_a_stream_of_refusals_takes_no_admitted_request_with_it(replica, stage, which):
     """New and kept-alive connections refused by the thousand while ten are in flight."""
     clients, actors = fill(replica, stage, which)

@@ -388,3 +388,41 @@ def test_a_dry_run_that_ends_leaves_the_bound_as_it_is():
     decisions.ruled(Rules(1, 1, 2), [1], 0.0)
     decisions.done(1, 1, 0.0)
     assert arrive(decisions, 4) == [Refuse(4, Why.FULL)]
+
+
+# A wait limit of a request's own.
+
+
+def test_a_request_with_less_patience_expires_before_those_in_front_of_it():
+    decisions = replica(1, 1, queue_timeout=10.0)
+    arrive(decisions, 1, 2)
+    assert decisions.ready(3, 0.0, 2.0) == decisions.ready(4, 1.0, 0.5) == []
+    assert decisions.next_expiry() == 1.5
+    assert decisions.tick(1.5) == [Refuse(4, Why.WAITED)]
+    assert decisions.tick(2.5) == [Refuse(3, Why.WAITED)]
+    assert decisions.next_expiry() == 10.0
+
+
+def test_more_patience_than_queue_timeout_is_of_no_use():
+    decisions = replica(1, 1, queue_timeout=1.0)
+    arrive(decisions, 1)
+    decisions.ready(2, 0.0, 5.0)
+    assert decisions.tick(1.0) == [Refuse(2, Why.WAITED)]
+    assert decisions.next_expiry() == math.inf
+
+
+def test_without_any_patience_a_request_runs_at_once_or_not_at_all():
+    decisions = replica(1, 1)
+    assert decisions.ready(1, 0.0, 0.0) == [Send(1, 1)]
+    assert decisions.ready(2, 0.0, 0.0) == []
+    assert decisions.tick(0.0) == [Refuse(2, Why.WAITED)]
+
+
+def test_a_request_that_is_sent_back_keeps_its_own_limit():
+    decisions = replica(2, 1)
+    decisions.ready(1, 0.0, 3.0)
+    arrive(decisions, 2, 3)
+    assert decisions.next_expiry() == math.inf
+    decisions.died(2, [1], 1.0)
+    assert decisions.next_expiry() == 3.0
+    assert decisions.tick(3.0) == [Refuse(1, Why.WAITED)]

@@ -6,6 +6,7 @@ judges every single action (model.py); here is only what has to be true in the e
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -28,6 +29,7 @@ EXAMPLES = 900
 STEPS = 60
 picks = st.integers(0, 11)
 few = st.integers(1, 6)
+patience = st.lists(st.sampled_from([math.inf, 0.0, 0.25, 0.5, 2.0]), max_size=6)
 rules = st.builds(
     Rules,
     processes=st.integers(1, 3),
@@ -59,10 +61,10 @@ class Histories(RuleBasedStateMachine):
     # Clients and the clock.
 
     @precondition(lambda self: not self.world.decisions.drained)
-    @rule(count=few)
-    def requests_arrive(self, count: int) -> None:
-        for _ in range(count):
-            self.world.arrive()
+    @rule(count=few, patience=patience)
+    def requests_arrive(self, count: int, patience: list[float]) -> None:
+        for each in [*patience, *[math.inf] * count][:count]:
+            self.world.arrive(each)
 
     @precondition(lambda self: self.world.decisions.waiting)
     @rule(pick=picks)

@@ -221,10 +221,10 @@ class World:
 
     # Clients.
 
-    def arrive(self) -> None:
+    def arrive(self, patience: float = math.inf) -> None:
         self._numbers += 1
         self.requests[self._numbers] = "waiting"
-        self.tell("ready", self._numbers, self.now)
+        self.tell("ready", self._numbers, self.now, patience)
 
     def go(self, request: int) -> None:
         """The client of a waiting request leaves."""
