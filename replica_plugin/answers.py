@@ -12,7 +12,7 @@ from typing import Any
 
 from gunicorn import SERVER
 
-from .decisions import Rules, Why
+from .decisions import EXEMPT_QUEUE, Rules, Why
 
 _JSON = re.compile(
     rb"\r\naccept:[^\r\n]*\bapplication/(?:[\w.-]+\+)?json(?![\w.+-])"
@@ -80,6 +80,12 @@ def refusal(
             f"max_replica_concurrency ({rules.bound}) admits."
         )
         return Answer(overload_status, text, retry_after)
+    if why is Why.CROWDED:
+        text = (
+            "All slots for exempt paths are busy, and "
+            f"{EXEMPT_QUEUE} requests wait for them, as many as may."
+        )
+        return Answer(503, text, 1)
     if why is Why.WAITED:
         name, limit = "queue_timeout", rules.wait_limit
         if patience < limit:

@@ -125,13 +125,17 @@ WELCOME = b"W"
 
 @dataclass(frozen=True)
 class Register:
-    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy."""
+    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy.
+
+    `extra` slots, one at most, stand beside the `slots`, for an exempt request.
+    """
 
     pid: int
     age: int
     slots: int
     again: bool
     leaving: bool
+    extra: int = 0
     version: int = VERSION
 
 
@@ -224,12 +228,11 @@ def receive_control(control: socket.socket) -> tuple[Register | Adopt | None, li
 
 
 def _decode_register(fields: dict[str, Any]) -> Register:
-    pid, age, slots = (int(fields[name]) for name in ("pid", "age", "slots"))
-    if slots < 1:
-        raise ValueError("a process without slots")
-    return Register(
-        pid, age, slots, bool(fields["again"]), bool(fields["leaving"]), fields["version"]
-    )
+    pid, age, slots, extra = (int(fields[name]) for name in ("pid", "age", "slots", "extra"))
+    if slots < 1 or extra not in (0, 1):
+        raise ValueError("a process without slots, or with too many")
+    again, leaving = bool(fields["again"]), bool(fields["leaving"])
+    return Register(pid, age, slots, again, leaving, extra, fields["version"])
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:

@@ -11,11 +11,18 @@ Invariants, after every event:
    reported done, plus `owed` slots (busy with a request of a dispatcher that died).
 2. A request is sent only against a credit (`free`) of its process, and only while
    `running < processes * threads`. `_start` is the one place that takes a credit.
-3. A request is in exactly one of: `waiting`, the `requests` of one process, or gone.
-4. `waiting` is ordered by request number: the order in which they became ready.
+3. A request is in exactly one of: `waiting`, `exempt`, the `requests` of one process, or gone.
+4. `waiting` is ordered by request number: the order in which they became ready. So is `exempt`.
 5. Nothing is admitted while `in_flight >= bound`. In a dry run it is, and the answer says so;
    `_spared` then tells how many in flight would not be there otherwise.
-6. A dismissed process is sent nothing more; a process is dismissed once.
+6. Exempt requests have a queue of their own. A process with an `extra` slot runs one of them
+   beyond its `slots`: it does not count as running. In one without, it runs within `slots` and
+   the cap, ahead of all that wait; then it counts as running, but not as in flight.
+7. A dismissed process is sent nothing more; a process is dismissed once.
+
+The slots of a process are alike, and so are their credits: what makes one of them the extra
+one is how many requests of which kind are sent. Of `owed` slots nobody knows which kind they
+run: as many as may be count as running.
 
 It assumes that request numbers are never used twice, and that `now` never runs backwards.
 """
@@ -36,6 +43,7 @@ class Why(Enum):
     """Why a request is answered without having run."""
 
     FULL = "full"
+    CROWDED = "crowded"
     WAITED = "waited"
     STOPPING = "stopping"
 
@@ -71,6 +79,9 @@ class Dismiss(NamedTuple):
 
     age: int
 
+
+EXEMPT_QUEUE = 16
+"""How many exempt requests may wait."""
 
 Action = Send | Refuse | Spare | Lost | Dismiss
 
@@ -109,17 +120,20 @@ class Process:
     dismissed: bool = False
     blocked: bool = False
     last_start: int = 0
+    extra: int = 0
+    exempt: int = 0  # of its requests
     requests: dict[int, Wait] = field(default_factory=dict)
 
     @property
     def running(self) -> int:
-        """How many of its slots are busy, as far as anybody knows."""
-        return self.owed + len(self.requests)
+        """How many of its slots are busy, as far as anybody knows; the extra one does not count."""
+        beyond = self.exempt if self.extra else 0
+        return min(self.owed, self.slots) + len(self.requests) - beyond
 
     @property
     def is_complete(self) -> bool:
         """Whether each of its slots has come to wait, or works on something."""
-        return self.free + self.running >= self.slots
+        return self.free + self.owed + len(self.requests) >= self.slots + self.extra
 
 
 class Decisions:
@@ -128,6 +142,7 @@ class Decisions:
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.waiting = Queue()
+        self.exempt = Queue()
         self.processes: dict[int, Process] = {}
         self.live: frozenset[int] = frozenset()
         self.running = 0
@@ -137,6 +152,7 @@ class Decisions:
         self._usable: list[Process] = []
         self._starts = 0
         self._spared = 0
+        self._exempt_within = 0  # exempt requests that run within the cap
         self._rate = Rate()
 
     def __repr__(self) -> str:
@@ -146,8 +162,8 @@ class Decisions:
 
     @property
     def in_flight(self) -> int:
-        """Requests waiting plus requests running."""
-        return len(self.waiting) + self.running
+        """Requests waiting plus requests running, without exempt ones."""
+        return len(self.waiting) + self.running - self._exempt_within
 
     @property
     def usable(self) -> int:
@@ -171,7 +187,8 @@ class Decisions:
 
     def next_expiry(self) -> float:
         """When a waiting request reaches its wait limit; infinity if none will."""
-        return self.waiting.next_expiry(self.rules.wait_limit)
+        limit = self.rules.wait_limit
+        return min(self.waiting.next_expiry(limit), self.exempt.next_expiry(limit))
 
     def retry_after(self, now: float) -> int:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
@@ -182,13 +199,21 @@ class Decisions:
         process = self.processes.get(age)
         return process is not None and request in process.requests
 
+    def waits(self, request: int) -> bool:
+        """Whether this request waits to be sent."""
+        return request in self.waiting or request in self.exempt
+
     # Events from clients.
 
-    def ready(self, request: int, now: float, patience: float = math.inf) -> list[Action]:
+    def ready(
+        self, request: int, now: float, patience: float = math.inf, exempt: bool = False
+    ) -> list[Action]:
         """A request has arrived whole. Admit or refuse it; start it if a slot is free.
 
         `patience` is its own wait limit, in seconds.
         """
+        if exempt:
+            return self._ready_exempt(request, Wait(now, now + patience, True), now)
         spared: list[Action] = []
         if self._is_full():
             if not self.rules.dry_run:
@@ -198,9 +223,16 @@ class Decisions:
         self.waiting.append(request, Wait(now, now + patience))
         return spared + self._start(now)
 
+    def _ready_exempt(self, request: int, wait: Wait, now: float) -> list[Action]:
+        if len(self.exempt) >= EXEMPT_QUEUE:
+            return [Refuse(request, Why.CROWDED)]
+        self.exempt.append(request, wait)
+        return self._start(now)
+
     def gone(self, request: int) -> None:
         """The client of a waiting request left: it will not be run."""
         self.waiting.remove(request)
+        self.exempt.remove(request)
 
     # Events from processes.
 
@@ -209,10 +241,10 @@ class Decisions:
         self._forget(age)
         self._remember(Process(age, slots, owed=slots, registered=False))
 
-    def registered(self, age: int, slots: int, owed: int = 0) -> list[Action]:
+    def registered(self, age: int, slots: int, owed: int = 0, extra: int = 0) -> list[Action]:
         """A process has its app loaded. Its credits come one by one, with `freed`."""
         self._forget(age)
-        self._remember(Process(age, slots, owed=owed))
+        self._remember(Process(age, slots, owed=owed, extra=extra))
         return self._changed()
 
     def freed(self, age: int, now: float) -> list[Action]:
@@ -222,8 +254,9 @@ class Decisions:
             return []
         process.free += 1
         if process.owed:
+            before = process.running
             process.owed -= 1
-            self.running -= 1
+            self.running += process.running - before
         self._see_whether_ready()
         return self._start(now)
 
@@ -231,19 +264,14 @@ class Decisions:
         """A slot has finished this request and waits for the next: one credit."""
         if not self.runs(age, request):
             return []
-        process = self.processes[age]
-        del process.requests[request]
-        process.free += 1
-        self.running -= 1
+        self._end(self.processes[age], request)
         return self._start(now)
 
     def unsent(self, age: int, request: int, now: float) -> list[Action]:
         """The message could not be delivered: undo the start, send nothing until `sendable`."""
         process = self.processes[age]
         process.blocked = True
-        process.free += 1
-        self.running -= 1
-        self.waiting.put_back([(request, process.requests.pop(request))])
+        self._put_back([(request, self._end(process, request))])
         return self._start(now)
 
     def sendable(self, age: int, now: float) -> list[Action]:
@@ -266,7 +294,7 @@ class Decisions:
         process = self._forget(age)
         if process is None:
             return []
-        self.waiting.put_back((r, wait) for r, wait in process.requests.items() if r in unread)
+        self._put_back([(r, wait) for r, wait in process.requests.items() if r in unread])
         lost: list[Action] = [Lost(r) for r in process.requests if r not in unread]
         return lost + self._changed() + self._start(now)
 
@@ -289,12 +317,14 @@ class Decisions:
 
     def tick(self, now: float) -> list[Action]:
         """Refuse what has waited long enough; start what a change of processes allows."""
-        late = self.waiting.expired(now, self.rules.wait_limit)
+        limit = self.rules.wait_limit
+        late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
         return [*(Refuse(request, Why.WAITED) for request in late), *self._start(now)]
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits."""
-        return [Refuse(request, Why.STOPPING) for request in self.waiting.clear()]
+        left = self.exempt.clear() + self.waiting.clear()
+        return [Refuse(request, Why.STOPPING) for request in left]
 
     # How it is decided.
 
@@ -308,27 +338,60 @@ class Decisions:
         return self.in_flight - self._spared >= self.rules.bound
 
     def _start(self, now: float) -> list[Action]:
-        """Send from the head of the queue while there are credits and the cap allows."""
+        """Send what waits while there are credits and the cap allows; what is exempt first."""
         started: list[Action] = []
-        cap = self.rules.cap
-        while self.waiting and self.running < cap:
-            process = self._least_busy()
-            if process is None:
-                break
-            request, wait = self.waiting.take()
-            process.requests[request] = wait
-            process.free -= 1
-            self._starts += 1
-            process.last_start = self._starts
-            self.running += 1
+        while self.exempt and (process := self._least_busy_for_exempt()):
+            started.append(self._begin(process, *self.exempt.take()))
+        while self.waiting and (process := self._least_busy()):
+            started.append(self._begin(process, *self.waiting.take()))
             self._rate.count(now)
-            started.append(Send(request, process.age))
         return started
 
-    def _least_busy(self) -> Process | None:
-        """The usable process with a credit that runs fewest; of equals, the longest unused."""
-        able = [each for each in self._usable if each.free and not each.blocked]
-        return min(able, key=lambda each: (each.running, each.last_start), default=None)
+    def _begin(self, process: Process, request: int, wait: Wait) -> Send:
+        process.requests[request] = wait
+        process.free -= 1
+        self._starts += 1
+        process.last_start = self._starts
+        self._count(process, wait, 1)
+        return Send(request, process.age)
+
+    def _end(self, process: Process, request: int) -> Wait:
+        wait = process.requests.pop(request)
+        process.free += 1
+        self._count(process, wait, -1)
+        return wait
+
+    def _count(self, process: Process, wait: Wait, change: int) -> None:
+        if not wait.exempt:
+            self.running += change
+            return
+        process.exempt += change
+        if not process.extra:
+            self.running += change
+            self._exempt_within += change
+
+    def _put_back(self, requests: list[tuple[int, Wait]]) -> None:
+        self.waiting.put_back(each for each in requests if not each[1].exempt)
+        self.exempt.put_back(each for each in requests if each[1].exempt)
+
+    def _least_busy_for_exempt(self) -> Process | None:
+        """One whose extra slot is free; or, as for any other request, one that has none."""
+        extra = [p for p in self._usable if p.exempt < p.extra and p.free and not p.blocked]
+        return min(extra, key=_order) if extra else self._least_busy(extras=False)
+
+    def _least_busy(self, extras: bool = True) -> Process | None:
+        """The usable process with a credit that runs fewest; of equals, the longest unused.
+
+        Without `extras` only of those that have no extra slot.
+        """
+        if self.running >= self.rules.cap:
+            return None
+        able = [
+            p
+            for p in self._usable
+            if p.free and not p.blocked and p.running < p.slots and (extras or not p.extra)
+        ]
+        return min(able, key=_order, default=None)
 
     def _changed(self) -> list[Action]:
         """The set of processes or the rules changed: who leaves now, and who is usable."""
@@ -379,4 +442,9 @@ class Decisions:
         process = self.processes.pop(age, None)
         if process is not None:
             self.running -= process.running
+            self._exempt_within -= 0 if process.extra else process.exempt
         return process
+
+
+def _order(process: Process) -> tuple[int, int]:
+    return process.running, process.last_start

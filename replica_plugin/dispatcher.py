@@ -29,6 +29,7 @@ from .channel import Adopt, Job, Kind, Report
 from .clients import Clients
 from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send, Spare
+from .head import Head
 from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
@@ -134,7 +135,7 @@ class Dispatcher:
             decisions.usable,
             self._processes.slots,
             len(decisions.waiting),
-            decisions.running,
+            decisions.in_flight - len(decisions.waiting),
             decisions.rules.bound,
             len(self._clients.connections),
             self._clients.unsent,
@@ -146,8 +147,9 @@ class Dispatcher:
     def on_ready(self, conn: Connection, now: float) -> None:
         conn.request = next(self._next)
         self._requests[conn.request] = conn
-        patience = conn.head.patience if conn.head else math.inf
-        self._perform(self._decisions.ready(conn.request, now, patience), now)
+        head = conn.head or Head(0)
+        exempt = head.path in self._wishes.serving.exempt and head.is_plain
+        self._perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
 
     def on_gone(self, conn: Connection) -> None:
         del self._requests[conn.request]
@@ -170,8 +172,8 @@ class Dispatcher:
     def on_registered(self, link: Link, again: bool, leaving: bool) -> None:
         now = time.monotonic()
         self._heritage.back(link.age)
-        owed = link.slots if again else 0
-        self._perform(self._decisions.registered(link.age, link.slots, owed), now)
+        owed = link.slots + link.extra if again else 0
+        self._perform(self._decisions.registered(link.age, link.slots, owed, link.extra), now)
         if leaving:
             self._perform(self._decisions.leaving(link.age), now)
         self._write_table()
@@ -209,7 +211,7 @@ class Dispatcher:
                 self._on_lost(action.request, begun[action.request], now)
             else:
                 self._perform([action], now)
-        for request in unread & self._decisions.waiting.keys():
+        for request in filter(self._decisions.waits, unread):
             self._clients.take_back(self._requests[request])
         self._write_table()
 
@@ -314,7 +316,7 @@ class Dispatcher:
         return stop.deadline - min(1.0, self._wishes.graceful_timeout / 4)
 
     def _next_of_stop(self) -> float:
-        if self._stop is None or not self._decisions.waiting:
+        if self._stop is None or not (self._decisions.waiting or self._decisions.exempt):
             return math.inf
         return self._give_up_at(self._stop)
 

@@ -207,6 +207,7 @@ def _serving(settings: Settings, cfg: Config) -> Serving:
         request_buffer=settings.request_buffer,
         overload_status=settings.overload_status,
         probes=tuple(f"{prefix}{name}".encode() for name in names),
+        exempt=tuple(path.encode() for path in settings.exempt),
     )
 
 

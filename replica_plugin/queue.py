@@ -21,10 +21,14 @@ from typing import NamedTuple
 
 
 class Wait(NamedTuple):
-    """When a request became ready, and when it has waited enough by a limit of its own."""
+    """When a request became ready, and when it has waited enough by a limit of its own.
+
+    `exempt` says that it counts neither for the cap, where that is possible, nor for the bound.
+    """
 
     since: float
     until: float = math.inf
+    exempt: bool = False
 
 
 class Queue(Mapping[int, Wait]):

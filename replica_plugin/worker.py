@@ -1,5 +1,8 @@
 """gunicorn's worker class: a process with t slots, and an attendant beside them.
 
+With t > 1 and exempt paths there is one slot more: they are all alike, and the dispatcher sees
+to it that never more than t requests run that are not exempt.
+
 The attendant watches over what is not a request: gunicorn's heartbeat, signals, the master,
 the dispatcher (registration.py). With t = 1 the slot is the main thread, so that the app
 sees one thread only, and the attendant is a thread beside it that runs no code of the app.
@@ -71,6 +74,7 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._replica_page = master.replica_page
         self._response_buffer = master.settings.response_buffer
         self._response_buffer_total = master.settings.response_buffer_total
+        self._extra = int(self.cfg.threads > 1 and bool(master.settings.exempt))
         self._control = master.offer_socket()
         master.in_worker()
         self.sockets: list[Any] = []
@@ -79,8 +83,9 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     def run(self) -> None:
         """Serve until dismissed."""
         self.cfg: Any = Settled(self.cfg)
-        self._cells = Cells(self.cfg.threads)
-        slots = [Slot(self, index, self._cells) for index in range(self.cfg.threads)]
+        count = self.cfg.threads + self._extra
+        self._cells = Cells(count)
+        slots = [Slot(self, index, self._cells) for index in range(count)]
         self._working = len(slots)
         self._serve(slots)
         # The dispatcher may dismiss us before the master's signal comes, which would then kill
@@ -262,7 +267,7 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _describe(self, again: bool) -> Register:
         leaving = self._leaving_since is not None
-        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving)
+        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving, self._extra)
 
     def _found(self, channel: socket.socket) -> None:
         with self._change:

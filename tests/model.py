@@ -10,7 +10,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Spare, Why
+from replica_plugin.decisions import (
+    EXEMPT_QUEUE,
+    Decisions,
+    Dismiss,
+    Lost,
+    Refuse,
+    Rules,
+    Send,
+    Spare,
+    Why,
+)
 
 
 @dataclass
@@ -27,9 +37,23 @@ class Known:
     dismissed: bool = False
     blocked: bool = False
     last_sent: int = 0
+    extra: int = 0
+    exempt: set[int] = field(default_factory=set)  # of what was sent
 
     def running(self) -> int:
+        counted = self.sent - self.exempt if self.extra else self.sent
+        return len(counted) + min(self.owed, self.slots)
+
+    def busy(self) -> int:
         return len(self.sent) + self.owed
+
+    def in_flight(self) -> int:
+        return len(self.sent - self.exempt) + min(self.owed, self.slots)
+
+    def forget(self, request: int) -> None:
+        self.sent.remove(request)
+        self.exempt.discard(request)
+        self.credits += 1
 
 
 class Model:
@@ -37,6 +61,8 @@ class Model:
         self.rules = rules
         self.live: frozenset[int] = frozenset()
         self.waiting: list[int] = []
+        self.exempt: list[int] = []  # those that wait
+        self.exempts: set[int] = set()  # all there ever were
         self.ready_at: dict[int, float] = {}
         self.patience: dict[int, float] = {}
         self.processes: dict[int, Known] = {}
@@ -48,9 +74,17 @@ class Model:
 
     # Events, each with what was answered.
 
-    def ready(self, request, now, patience, actions):
+    def ready(self, request, now, patience, exempt, actions):
         self.ready_at[request] = now
         self.patience[request] = patience
+        if exempt:
+            self.exempts.add(request)
+            if len(self.exempt) >= EXEMPT_QUEUE:
+                assert actions == [Refuse(request, Why.CROWDED)]
+                return
+            self.exempt.append(request)
+            self._judge(actions)
+            return
         if self.admitted() >= self.rules.bound:
             if self.rules.dry_run:
                 assert actions[:1] == [Spare(request)], "a dry run says what it lets in"
@@ -67,13 +101,15 @@ class Model:
         assert actions is None
         if request in self.waiting:
             self.waiting.remove(request)
+        if request in self.exempt:
+            self.exempt.remove(request)
 
     def expected(self, age, slots, actions):
         assert actions is None
         self.processes[age] = Known(age, slots, owed=slots, registered=False)
 
-    def registered(self, age, slots, owed, actions):
-        self.processes[age] = Known(age, slots, owed=owed)
+    def registered(self, age, slots, owed, extra, actions):
+        self.processes[age] = Known(age, slots, owed=owed, extra=extra)
         self._judge_who_leaves(actions)
 
     def freed(self, age, now, actions):
@@ -84,17 +120,14 @@ class Model:
         self._judge(actions)
 
     def done(self, age, request, now, actions):
-        process = self.processes[age]
-        process.sent.remove(request)
-        process.credits += 1
+        self.processes[age].forget(request)
         self._judge(actions)
 
     def unsent(self, age, request, now, actions):
         process = self.processes[age]
-        process.sent.remove(request)
-        process.credits += 1
+        process.forget(request)
         process.blocked = True
-        self.waiting = sorted([*self.waiting, request])
+        self._wait_again({request})
         self._judge(actions)
 
     def sendable(self, age, now, actions):
@@ -109,7 +142,7 @@ class Model:
         dead = self.processes.pop(age)
         lost = [each.request for each in actions if isinstance(each, Lost)]
         assert sorted(lost) == sorted(dead.sent - unread), "P6: lost are those it had begun to read"
-        self.waiting = sorted([*self.waiting, *(dead.sent & unread)])
+        self._wait_again(dead.sent & unread)
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
     def ruled(self, rules, live, now, actions):
@@ -126,21 +159,26 @@ class Model:
         self._judge_who_leaves(actions)
 
     def tick(self, now, actions):
-        due = [each for each in self.waiting if self._expiry(each) <= now]
+        due = [each for each in self.exempt + self.waiting if self._expiry(each) <= now]
         refused = [Refuse(each, Why.WAITED) for each in due]
         assert actions[: len(due)] == refused, "P10: refused on time"
         self.waiting = [each for each in self.waiting if each not in due]
+        self.exempt = [each for each in self.exempt if each not in due]
         self._judge(actions[len(due) :])
 
     def give_up(self, actions):
-        assert actions == [Refuse(each, Why.STOPPING) for each in self.waiting]
-        self.waiting = []
+        assert actions == [Refuse(each, Why.STOPPING) for each in self.exempt + self.waiting]
+        self.waiting, self.exempt = [], []
 
     def admitted(self):
         """How many a replica would have in flight that had refused what was spared."""
-        in_flight = len(self.waiting) + self.running()
+        in_flight = self.in_flight()
         self.spared = min(self.spared, in_flight) if self.rules.dry_run else 0
         return in_flight - self.spared
+
+    def _wait_again(self, requests):
+        self.waiting = sorted([*self.waiting, *(requests - self.exempts)])
+        self.exempt = sorted([*self.exempt, *(requests & self.exempts)])
 
     # Judgement.
 
@@ -149,8 +187,8 @@ class Model:
         for action in actions:
             if isinstance(action, Send):
                 self._judge_send(action)
-        free = self.running() < self.rules.processes * self.rules.threads
-        assert not (self.waiting and free and self.able()), "P1: a request waits beside a slot"
+        assert not (self.waiting and self.able()), "P1: a request waits beside a slot"
+        assert not (self.exempt and self.able_for_exempt()), "an exempt one waits beside a slot"
 
     def _judge_who_leaves(self, actions):
         for action in actions:
@@ -164,24 +202,30 @@ class Model:
         self._see_readiness()
 
     def _see_readiness(self):
-        whole = [p for p in self.usable() if p.credits + p.running() >= p.slots]
+        whole = [p for p in self.usable() if p.credits + p.busy() >= p.slots + p.extra]
         self.was_ready = self.was_ready or len(whole) >= self.rules.processes > 0
 
     def _judge_send(self, send):
-        assert send.request in self.waiting, "P9: only what waits is sent"
-        assert send.request == self.waiting[0], "P3: the longest waiting one begins"
-        assert self.running() < self.rules.processes * self.rules.threads, "P2: below the cap"
-        able = self.able()
+        exempt = send.request in self.exempts
+        queue = self.exempt if exempt else self.waiting
+        assert send.request in queue, "P9: only what waits is sent"
+        assert send.request == queue[0], "P3: the longest waiting one begins"
+        assert exempt or not (self.exempt and self.able_for_exempt()), "exempt ones begin first"
+        able = self.able_for_exempt() if exempt else self.able()
         process = self.processes[send.age]
         assert process in able, "only a usable process with a credit is sent anything"
         fewest = min(each.running() for each in able)
         assert process.running() == fewest, "P1: the process that runs fewest takes it"
         rested = min(each.last_sent for each in able if each.running() == fewest)
         assert process.last_sent == rested, "of equals, the longest unused takes it"
-        self.waiting.remove(send.request)
+        queue.remove(send.request)
         process.sent.add(send.request)
+        if exempt:
+            process.exempt.add(send.request)
         process.credits -= 1
-        assert process.running() + process.credits <= process.slots, "P2: never more than its slots"
+        slots = process.slots + process.extra
+        assert process.busy() + process.credits <= slots, "P2: never more than its slots"
+        assert process.running() <= process.slots, "P2: and of those that count no more than t"
         self.sends += 1
         process.last_sent = self.sends
 
@@ -208,8 +252,24 @@ class Model:
         newest = sorted(self.present(), key=lambda each: -each.age)
         return newest[: self.rules.processes]
 
-    def able(self):
+    @property
+    def cap(self):
+        return self.rules.processes * self.rules.threads
+
+    def in_flight(self):
+        return len(self.waiting) + sum(each.in_flight() for each in self.processes.values())
+
+    def credited(self):
         return [each for each in self.usable() if each.credits and not each.blocked]
+
+    def able(self):
+        """Who may be sent a request that counts."""
+        free = self.running() < self.cap
+        return [each for each in self.credited() if free and each.running() < each.slots]
+
+    def able_for_exempt(self):
+        extra = [each for each in self.credited() if each.extra and not each.exempt]
+        return extra or [each for each in self.able() if not each.extra]
 
     def loading(self):
         """Processes that the master has, and that have not registered with us."""
@@ -225,6 +285,7 @@ class Model:
     def agree(self, decisions: Decisions) -> None:
         seen = decisions.processes
         assert list(decisions.waiting) == self.waiting == sorted(self.waiting)
+        assert list(decisions.exempt) == self.exempt == sorted(self.exempt)
         assert seen.keys() == self.processes.keys()
         for age, process in self.processes.items():
             assert seen[age].requests.keys() == process.sent
@@ -234,10 +295,12 @@ class Model:
         assert decisions.running == self.running(), "the count has drifted"
         sent = [request for each in seen.values() for request in each.requests]
         assert len(sent) == len(set(sent)) and not decisions.waiting.keys() & set(sent)
-        assert decisions.in_flight == len(self.waiting) + self.running()
+        assert not decisions.exempt.keys() & set(sent)
+        assert decisions.in_flight == self.in_flight()
         assert decisions.usable == len(self.usable())
         assert decisions.booting == bool(self.loading())
         assert decisions.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.is_ready == ready
-        assert decisions.next_expiry() == min(map(self._expiry, self.waiting), default=math.inf)
+        expiries = map(self._expiry, self.waiting + self.exempt)
+        assert decisions.next_expiry() == min(expiries, default=math.inf)

@@ -136,6 +136,15 @@ def test_every_accept_header_counts_in_any_case():
             Answer(503, "No slot became free within queue_timeout (0.7 s).", 3),
         ),
         (
+            answers.refusal(Why.CROWDED, Rules(), 429, 3),
+            Answer(
+                503,
+                "All slots for exempt paths are busy, and 16 requests wait for them, "
+                "as many as may.",
+                1,
+            ),
+        ),
+        (
             answers.refusal(Why.STOPPING, Rules(), 429, 3),
             Answer(503, "The server is shutting down, and no slot became free in time.", 1),
         ),

@@ -30,6 +30,7 @@ def any_settings(draw: st.DrawFn) -> Settings:
         target_replica_concurrency=draw(st.floats(0, bound, exclude_min=True)),
         queue_timeout=draw(st.none() | seconds),
         overload_status=draw(st.sampled_from((503, 429))),
+        overload_dry_run=draw(st.booleans()),
         request_buffer=draw(
             st.integers(0, 10**15 - 1) | st.integers(0, 999).map(lambda number: number * 2**20)
         ),
@@ -45,6 +46,8 @@ def written(settings: Settings) -> dict[str, str]:
     values = {key.name: getattr(settings, key.name) for key in supported()}
     if settings.queue_timeout is None:
         del values["queue_timeout"]
+    if not settings.exempt:
+        del values["exempt"]
     return {key: show(key, value) for key, value in values.items()}
 
 

@@ -222,7 +222,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
     ("key", "value", "seen"),
     [
         ("request_timeout", "5s", '"5s"'),
-        ("exempt", "[/a, /b]", "a list"),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),
         ("admin_bind", "unix:/run/admin.sock", '"unix:/run/admin.sock"'),
         ("ready_file", "ready", '"ready"'),

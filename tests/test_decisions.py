@@ -426,3 +426,69 @@ def test_a_request_that_is_sent_back_keeps_its_own_limit():
     decisions.died(2, [1], 1.0)
     assert decisions.next_expiry() == 3.0
     assert decisions.tick(3.0) == [Refuse(1, Why.WAITED)]
+
+
+# Exempt requests.
+
+
+def exempt(decisions: Decisions, *requests: int) -> list:
+    return [action for r in requests for action in decisions.ready(r, 0.0, exempt=True)]
+
+
+def with_extra(processes: int = 1, threads: int = 2, bound: int = 2) -> Decisions:
+    decisions = Decisions(Rules(processes, threads, bound))
+    for age in range(1, processes + 1):
+        decisions.registered(age, threads, extra=1)
+        for _ in range(threads + 1):
+            decisions.freed(age, 0.0)
+    return decisions
+
+
+def test_an_exempt_request_takes_the_extra_slot_beyond_cap_and_bound():
+    decisions = with_extra()
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1), Refuse(3, Why.FULL)]
+    assert exempt(decisions, 4, 5) == [Send(4, 1)]
+    assert (decisions.running, decisions.in_flight) == (2, 2)
+    assert decisions.done(1, 4, 0.0) == [Send(5, 1)]
+
+
+def test_the_extra_slot_takes_nothing_that_is_not_exempt():
+    decisions = with_extra(bound=9)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1)]
+    assert exempt(decisions, 4) == [Send(4, 1)]
+    assert decisions.done(1, 4, 0.0) == []
+
+
+def test_without_an_extra_slot_an_exempt_request_begins_first_and_is_not_in_flight():
+    decisions = replica(1, 1, bound=2)
+    arrive(decisions, 1, 2)
+    assert exempt(decisions, 3) == []
+    assert decisions.done(1, 1, 0.0) == [Send(3, 1)]
+    assert (decisions.running, decisions.in_flight) == (1, 1)
+    assert decisions.done(1, 3, 0.0) == [Send(2, 1)]
+
+
+def test_sixteen_exempt_requests_may_wait():
+    decisions = replica(1, 1)
+    arrive(decisions, 1)
+    assert exempt(decisions, *range(2, 19)) == [Refuse(18, Why.CROWDED)]
+
+
+def test_slots_of_a_dispatcher_that_died_count_as_running_what_they_may():
+    decisions = Decisions(Rules(1, 2))
+    decisions.expected(1, 2)
+    assert decisions.running == 2
+    decisions.registered(1, 2, owed=3, extra=1)
+    arrive(decisions, 1, 2)
+    assert decisions.running == 2
+    assert decisions.freed(1, 0.0) == []
+    assert decisions.freed(1, 0.0) == [Send(1, 1)]
+    assert decisions.freed(1, 0.0) == [Send(2, 1)]
+
+
+def test_an_exempt_request_that_was_not_read_goes_back_to_its_own_queue():
+    decisions = with_extra()
+    exempt(decisions, 1)
+    decisions.died(1, [1], 0.0)
+    assert decisions.waits(1)
+    assert (len(decisions.waiting), len(decisions.exempt)) == (0, 1)

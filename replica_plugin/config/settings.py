@@ -93,7 +93,7 @@ class Settings:
     probes: str | None = _key(
         Prefix("/-/"), "/-/", "prefix of healthz and readyz on the served port; false for none"
     )
-    exempt: tuple[str, ...] = _later(
+    exempt: tuple[str, ...] = _key(
         Paths(), (), "exact paths that pass by the queue, the cap and the bound"
     )
     admin_bind: str | None = _later(
