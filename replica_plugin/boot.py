@@ -8,6 +8,7 @@ import socket
 
 from gunicorn.config import Config
 
+from . import machine
 from .config.load import Loaded
 
 WORKER = "replica_plugin.worker.ThreadWorker"
@@ -61,6 +62,15 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
         for ours, theirs, value in pairs
         if getattr(loaded.settings, ours) != value
     ]
+
+
+def shortages(cfg: Config, loaded: Loaded) -> list[str]:
+    """What of the settings this machine does not allow."""
+    if not _is_ours(cfg):
+        return []
+    slots = cfg.threads + bool(loaded.settings.exempt)
+    bound = loaded.settings.max_replica_concurrency
+    return machine.shortages(machine.read(), bound, slots, cfg.backlog)
 
 
 def _without_dispatcher(cfg: Config) -> str:

@@ -161,6 +161,9 @@ class Dispatcher:
     def on_cut_off(self, conn: Connection, now: float) -> None:
         self._journal.cut_off(now)
 
+    def on_shortage(self, now: float) -> None:
+        self._journal.shortage(now)
+
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
             return answers.probe(self._decisions.is_ready, "ready", "not ready")

@@ -94,6 +94,10 @@ class Journal:
         """A request was let in that a bound in earnest would have refused."""
         self._warn(f"Dry run: beyond max_replica_concurrency ({bound}), and admitted", now)
 
+    def shortage(self, now: float) -> None:
+        """No more connections can be accepted for now."""
+        self._warn("Out of descriptors: connections wait in the backlog (see ulimit -Hn)", now)
+
     def cut_off(self, now: float) -> None:
         """A client has taken nothing of its response for too long."""
         self._warn("A client took nothing for send_timeout: cut off", now)

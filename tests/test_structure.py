@@ -18,8 +18,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
     "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
-    "dispatcher", "endings", "head", "heritage", "journal", "listeners", "pages", "processes",
-    "queue", "rate", "rest", "rules", "supervisor",
+    "dispatcher", "endings", "head", "heritage", "journal", "listeners", "machine", "pages",
+    "processes", "queue", "rate", "rest", "rules", "supervisor",
 }  # fmt: skip
 """What runs in the process without user code."""
 
