@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
@@ -31,16 +33,9 @@ class Answer:
 
     def encode(self, head: bytes, keep_alive: bool, bodiless: bool) -> bytes:
         """The bytes for the client whose request had this head: JSON if it accepts JSON."""
-        fields, content = self.content(head)
-        lines = [
-            f"HTTP/1.1 {self._status_line}",
-            f"Server: {SERVER}",
-            f"Date: {formatdate(usegmt=True)}",
-            f"Connection: {'keep-alive' if keep_alive else 'close'}",
-            *(f"{name}: {value}" for name, value in fields),
-        ]
-        text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-        return text if bodiless else text + content
+        start, end, content = _encoded(self, _takes_json(head), keep_alive)
+        parts = (start, _date(int(time.time())), end)
+        return b"".join(parts if bodiless else (*parts, content))
 
     def as_wsgi(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         """The same answer, from within a WSGI app."""
@@ -51,7 +46,10 @@ class Answer:
 
     def content(self, head: bytes) -> tuple[list[tuple[str, str]], bytes]:
         """Header fields and body for the client whose request had this head."""
-        if _JSON.search(head):
+        return self._content(_takes_json(head))
+
+    def _content(self, as_json: bool) -> tuple[list[tuple[str, str]], bytes]:
+        if as_json:
             state = {"error": HTTPStatus(self.status).phrase, "detail": self.text}
             kind, body = "application/json", f"{json.dumps(state)}\n".encode()
         else:
@@ -68,6 +66,31 @@ class Answer:
     @property
     def _status_line(self) -> str:
         return f"{self.status} {HTTPStatus(self.status).phrase}"
+
+
+def _takes_json(head: bytes) -> bool:
+    return _JSON.search(head) is not None
+
+
+@lru_cache(512)
+def _encoded(answer: Answer, as_json: bool, keep_alive: bool) -> tuple[bytes, bytes, bytes]:
+    """What comes before the date, what behind it, and the body.
+
+    Kept, since under overload the same answer goes out thousands of times a second.
+    """
+    fields, content = answer._content(as_json)
+    start = f"HTTP/1.1 {answer._status_line}\r\nServer: {SERVER}\r\nDate: "
+    lines = [
+        "",
+        f"Connection: {'keep-alive' if keep_alive else 'close'}",
+        *(f"{name}: {value}" for name, value in fields),
+    ]
+    return start.encode("latin-1"), "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", content
+
+
+@lru_cache(1)
+def _date(seconds: int) -> bytes:
+    return formatdate(seconds, usegmt=True).encode("latin-1")
 
 
 def refusal(

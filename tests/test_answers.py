@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from replica_plugin import answers
@@ -16,7 +18,7 @@ ANSWER = Answer(503, "Say thät.", 7)
 
 @pytest.fixture(autouse=True)
 def _fixed_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "formatdate", lambda usegmt: DATE if usegmt else None)
+    monkeypatch.setattr(time, "time", lambda: 946684800.9)
 
 
 def head(*headers: str) -> bytes:
