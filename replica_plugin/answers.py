@@ -118,6 +118,9 @@ def refusal(
     return Answer(503, "The server is shutting down, and no slot became free in time.", 1)
 
 
+OUT_OF_TIME = Answer(503, "The server is shutting down, and this request was not done in time.", 1)
+
+
 UNTAKEN = Answer(503, "The process that was to work on this request is out of descriptors.", 1)
 
 LOST = Answer(502, "The process that was working on this request died.")

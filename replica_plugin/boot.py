@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
-import select
 import socket
+import sys
 
 from gunicorn.config import Config
 
 from . import machine
 from .config.load import Loaded
 
-WORKER = "replica_plugin.worker.ThreadWorker"
-FALLBACK = "gthread"
+WORKERS = {
+    "thread": "replica_plugin.worker.ThreadWorker",
+    "gevent": "replica_plugin.gevent_worker.GeventWorker",
+}
+FALLBACKS = {"thread": "gthread", "gevent": "gevent"}
+_BASE = "replica_plugin.worker.ReplicaWorker"
 
 
 def supported() -> bool:
     """Whether this system has what a dispatcher needs."""
     try:
-        select.epoll().close()
         for fd in (os.pidfd_open(os.getpid()), os.memfd_create("replica-test"), os.eventfd(0)):
             os.close(fd)
     except (AttributeError, OSError):  # another system; or an old kernel, or a sandbox
         return False
-    return hasattr(socket, "SCM_RIGHTS")
+    return hasattr(socket, "SCM_RIGHTS") and sys.platform == "linux"  # which has epoll
 
 
-def worker_class() -> str:
+def worker_class(mode: str) -> str:
     """Our worker class, or gunicorn's own where ours cannot work."""
-    return WORKER if supported() else FALLBACK
+    return (WORKERS if supported() else FALLBACKS)[mode]
 
 
-def _is_ours(cfg: Config) -> bool:
-    """Whether the worker class is ours, or made from ours."""
+def missing(mode: str) -> str | None:
+    """What has to be installed before this mode can work."""
+    if mode != "gevent" or importlib.util.find_spec("gevent"):
+        return None
+    return (
+        "gevent is not installed. "
+        "Install it with `pip install 'replica-plugin[gevent]'`, or say mode: thread."
+    )
+
+
+def is_ours(cfg: Config) -> bool:
+    """Whether the worker class is one of ours, or made from one."""
     made_from = cfg.worker_class.__mro__
-    return any(f"{each.__module__}.{each.__qualname__}" == WORKER for each in made_from)
+    return any(f"{each.__module__}.{each.__qualname__}" == _BASE for each in made_from)
 
 
 def describe(processes: int, threads: int, loaded: Loaded) -> str:
@@ -50,23 +64,29 @@ def describe(processes: int, threads: int, loaded: Loaded) -> str:
 
 def overrides(cfg: Config, loaded: Loaded) -> list[str]:
     """What of gunicorn's command line or configuration won over our settings."""
-    if not _is_ours(cfg):
+    if not is_ours(cfg):
         return [_without_dispatcher(cfg)]
     pairs = (
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
-    return [
+    found = [
         f"Conflict: gunicorn's {theirs} ({value}) wins over {ours}: "
         f"{getattr(loaded.settings, ours)} ({loaded.sources[ours]})"
         for ours, theirs, value in pairs
         if getattr(loaded.settings, ours) != value
     ]
+    if loaded.settings.preload and not cfg.preload_app:
+        found.append(
+            "Conflict: gunicorn's preload_app (False) wins over preload: true "
+            f"({loaded.sources['preload']})"
+        )
+    return found
 
 
 def shortages(cfg: Config, loaded: Loaded) -> list[str]:
     """What of the settings this machine does not allow."""
-    if not _is_ours(cfg):
+    if not is_ours(cfg):
         return []
     slots = cfg.threads + bool(loaded.settings.exempt)
     bound = loaded.settings.max_replica_concurrency
@@ -86,7 +106,7 @@ def _without_dispatcher(cfg: Config) -> str:
 
 def refusals(cfg: Config, loaded: Loaded) -> list[str]:
     """Settings that cannot hold with a dispatcher: the reason and the way out."""
-    if not _is_ours(cfg):
+    if not is_ours(cfg):
         return []
     found = []
     if cfg.reuse_port:

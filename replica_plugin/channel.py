@@ -9,7 +9,7 @@ writes to it, whichever dispatcher lives reads from it:
 A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, DONE, LEAVING
+    process -> dispatcher   FREE, DONE, LEAVING; in gevent mode TURNING, STALLED, RETURNED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
 cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
@@ -30,6 +30,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from .rest import Rest
+from .unpatched import socketpair
 
 VERSION = 1
 LARGEST = 1 << 16
@@ -38,8 +39,9 @@ LARGEST = 1 << 16
 _REPORT = struct.Struct("=BBQI")
 _RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
+_DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
 
 Address = tuple[Any, ...] | str | bytes
 
@@ -60,6 +62,9 @@ class Kind(IntEnum):
     FREE = 0
     DONE = 1
     LEAVING = 2
+    TURNING = 3  # its hub turns again
+    STALLED = 4  # its hub does not turn, and why: for the log
+    RETURNED = 5  # a job that no slot has taken, since the hub does not turn
 
 
 _ENDS, _KINDS = tuple(End), tuple(Kind)  # by number, and faster than calling the class
@@ -84,7 +89,10 @@ class Job(NamedTuple):
 
 
 class Report(NamedTuple):
-    """What a process says: `request`, `end`, `ahead`, `carry` and `rest` matter for DONE only.
+    """What a process says.
+
+    `request`, `end`, `ahead`, `carry` and `rest` matter for DONE; RETURNED has the `request`,
+    STALLED that and, as `carry`, a Stall.
 
     `rest` is what the client has not taken yet; its descriptor travels beside the message.
     """
@@ -127,6 +135,7 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
 
 FREE = Report(Kind.FREE).encode()
 LEAVING = Report(Kind.LEAVING).encode()
+TURNING = Report(Kind.TURNING).encode()
 LEAVE = b"L"
 WELCOME = b"W"
 
@@ -148,6 +157,27 @@ class Register:
 
 
 @dataclass(frozen=True)
+class Stall:
+    """What keeps a hub from turning: CPU used meanwhile, as a share of 1, and the line it is at."""
+
+    share: float
+    place: str
+
+    def encode(self) -> bytes:
+        return json.dumps(vars(self)).encode()
+
+
+def decode_stall(data: bytes) -> Stall | None:
+    """None for what no process of ours says."""
+    try:
+        fields = json.loads(data)
+        place = "".join(filter(str.isprintable, str(fields["place"])))
+        return Stall(float(fields["share"]), place[:200])
+    except Exception:  # whatever it is, it must not end the dispatcher
+        return None
+
+
+@dataclass(frozen=True)
 class Adopt:
     """A kept-alive connection on its way back, to a dispatcher that does not know it."""
 
@@ -160,7 +190,7 @@ class Adopt:
 
 def pair() -> tuple[socket.socket, socket.socket]:
     """The two ends of a new channel."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours, theirs = socketpair(socket.SOCK_SEQPACKET)
     for end in (ours, theirs):
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return ours, theirs
@@ -192,7 +222,31 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
 
 def receive_now(sock: socket.socket) -> tuple[bytes, list[int]]:
     """As `receive`, without waiting. Raises BlockingIOError when there is nothing."""
-    return receive(sock, socket.MSG_DONTWAIT)
+    return receive(sock, _DONTWAIT)
+
+
+class ProcessEnd:
+    """A process's end of a channel, from which any number of slots may take at a time."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+
+    def receive(self) -> tuple[bytes, list[int]]:
+        """Wait for the next message; `b""` at the end."""
+        try:
+            return receive(self.sock)
+        except OSError:
+            return b"", []
+
+    def tell(self, message: bytes, *fds: int) -> None:
+        """Tell the dispatcher, waiting for room if there is none. Raises OSError."""
+        self._send(message, fds, _NOSIGNAL)
+
+    def _send(self, message: bytes, fds: tuple[int, ...], flags: int) -> None:
+        if fds:
+            self.sock.sendmsg((message,), _rights(*fds), flags)
+        else:
+            self.sock.send(message, flags)
 
 
 def send_job(sock: socket.socket, job: Job, client: int) -> None:
@@ -201,11 +255,6 @@ def send_job(sock: socket.socket, job: Job, client: int) -> None:
 
 def decode_job(data: bytes) -> Job:
     return Job(*marshal.loads(data))
-
-
-def send_rest(sock: socket.socket, report: Report, rest: Rest) -> None:
-    """Report with what the client has not taken yet. Waits for room. Raises OSError."""
-    sock.sendmsg((report.encode(),), _rights(rest.fd), socket.MSG_NOSIGNAL)
 
 
 def send_register(

@@ -23,9 +23,11 @@ from contextlib import suppress
 from typing import Any
 
 from .rest import PIECE, Rest, queued
+from .unpatched import Socket
 
 JOINED = 1 << 16  # bytes of body up to which copying it behind the head is cheaper than a write
 GIGA = 1 << 30  # bytes the kernel is asked to send of a file at a time
+_NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _INTERIM = b"1"  # the first digit of a status that is no response yet: 103 Early Hints
 
 
@@ -37,7 +39,7 @@ class SendTimeoutError(TimeoutError):
     """The client took nothing for send_timeout."""
 
 
-class ClientSocket(socket.socket):
+class ClientSocket(Socket):
     """`trouble` is the error that this socket raised, if it did; then nothing more is sent.
 
     `answering` says that the response has begun; its head may still be held.
@@ -166,7 +168,7 @@ class ClientSocket(socket.socket):
         sent = 0
         if not self._left:
             with suppress(BlockingIOError):
-                sent = super().send(data, socket.MSG_DONTWAIT)
+                sent = super().send(data, _NOW)
         if sent < len(data):
             self._left.append(memoryview(data)[sent:])
             self._left_size += len(data) - sent
@@ -190,7 +192,7 @@ class ClientSocket(socket.socket):
         left = memoryview(data)
         while left:
             try:
-                left = left[super().send(left, flags | socket.MSG_DONTWAIT) :]
+                left = left[super().send(left, flags | _NOW) :]
             except BlockingIOError:
                 left = left[self._send_some(left, flags) :]
 

@@ -43,7 +43,6 @@ GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
 QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
 SHED = 64  # idle connections that are closed at a time when there are too many
-LAST_CALL = 1.0  # seconds that an idle connection stays open after a stop began
 
 
 class Judge(Protocol):
@@ -70,8 +69,9 @@ class Clients:
         self._arrivals = Arrivals(serving)
         self._endings = Endings(self)
         self._stopping = False
+        self._resumable = False
         self._last_call_at = math.inf
-        self._called = False  # the last call is over
+        self.called = False  # the last call is over
         self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
         self._heads: Deadlines[Connection] = Deadlines(None)
         self._bodies: Deadlines[Connection] = Deadlines(None)
@@ -247,7 +247,7 @@ class Clients:
 
     def _go_on(self, conn: Connection, now: float) -> None:
         """The connection is between two requests; the next may be there already."""
-        if self._called:
+        if self.called and not (conn.ahead or conn.unread()):
             self._endings.linger(conn, now)
             return
         conn.looked_at = 0.0
@@ -317,22 +317,51 @@ class Clients:
 
     # Stopping.
 
-    def stop(self, now: float) -> None:
-        """Take what the backlog holds, listen no more, and give idle connections a last call."""
+    def stop(self, now: float, until: float, shared: bool) -> None:
+        """Listen no more; until then, who has connected, or is about to, may send a request.
+
+        Listeners that others have as well are closed at once: what connects later is theirs.
+        """
+        self.pause(until, False)
+        if shared:
+            self._close_listeners(now)
+        else:
+            self.listeners.refuse()
+
+    def pause(self, until: float, resumable: bool = True) -> None:
+        """Keep no connection any more; take none if this is not the end of listening."""
+        self._stopping, self.called = True, False
+        self._last_call_at = until
+        self._resumable = resumable
+        self.listeners.accept_if(not resumable)
+
+    def resume(self) -> None:
+        self._stopping = self.called = False
+        self._last_call_at = math.inf
+        self.listeners.accept_if(True)
+
+    def _close_listeners(self, now: float) -> None:
+        """Take what the backlog holds before."""
         for fd in self.listeners.fds():
             while self.on_listener(fd, now):
                 pass
         self.listeners.close()
-        self._stopping = True
-        self._last_call_at = now + LAST_CALL
 
-    def _last_call(self) -> None:
+    def _last_call(self, now: float) -> None:
         """Close connections on which nothing has come; from now on no other is kept."""
-        self._called = True
+        if not self._resumable:
+            self._close_listeners(now)
+        self.called = True
         self._last_call_at = math.inf
         for conn in list(self.connections.values()):
-            if conn.state is State.ARRIVING and not conn.arrived and not conn.unread():
+            if conn.state is State.ARRIVING and not (conn.arrived or conn.unread()):
                 self.close(conn)
+
+    def give_up(self, answer: Answer, now: float) -> None:
+        """Answer requests of which a part has come."""
+        for conn in list(self.connections.values()):
+            if conn.state is State.ARRIVING and conn.arrived:
+                self.answer(conn, answer, now)
 
     def pending(self) -> Iterator[Connection]:
         """Connections whose request is still to be answered."""
@@ -373,7 +402,7 @@ class Clients:
             self._judge.on_cut_off(conn, now)
         self.listeners.tick(now)
         if self._last_call_at <= now:
-            self._last_call()
+            self._last_call(now)
 
     def _on_answered(self, conn: Connection, now: float) -> None:
         """One answer a turn: many requests sent at once neither nest nor keep us from others."""

@@ -18,3 +18,7 @@ worker_class: str = _settings["worker_class"]
 nworkers_changed = _settings["nworkers_changed"]
 
 __all__ = ["nworkers_changed", "threads", "worker_class", "workers"]
+
+if "preload_app" in _settings:  # else a file's own stays as it is
+    preload_app: bool = _settings["preload_app"]
+    __all__ += ["preload_app"]

@@ -119,6 +119,7 @@ class Process:
     leaving: bool = False
     dismissed: bool = False
     blocked: bool = False
+    stalled: bool = False
     last_start: int = 0
     extra: int = 0
     exempt: int = 0  # of its requests
@@ -145,9 +146,11 @@ class Decisions:
         self.exempt = Queue()
         self.processes: dict[int, Process] = {}
         self.live: frozenset[int] = frozenset()
+        self.failed = 0
         self.running = 0
         self.stopping = False
         self.drained = False
+        self.given_up = False
         self.was_ready = False
         self._usable: list[Process] = []
         self._starts = 0
@@ -174,6 +177,13 @@ class Decisions:
     def booting(self) -> bool:
         """Whether the master has a process that has not registered with us yet."""
         return bool(self.live - {each.age for each in self.processes.values() if each.registered})
+
+    @property
+    def cannot_load(self) -> bool:
+        """Whether the newest process that has tried to load the app could not."""
+        return self.failed > max(
+            (p.age for p in self.processes.values() if p.registered), default=0
+        )
 
     @property
     def is_ready(self) -> bool:
@@ -212,6 +222,8 @@ class Decisions:
 
         `patience` is its own wait limit, in seconds.
         """
+        if self.given_up:
+            return [Refuse(request, Why.STOPPING)]
         if exempt:
             return self._ready_exempt(request, Wait(now, now + patience, True), now)
         spared: list[Action] = []
@@ -271,7 +283,7 @@ class Decisions:
         """The message could not be delivered: undo the start, send nothing until `sendable`."""
         process = self.processes[age]
         process.blocked = True
-        self._put_back([(request, self._end(process, request))])
+        self._undo_start(process, request)
         return self._start(now)
 
     def sendable(self, age: int, now: float) -> list[Action]:
@@ -279,6 +291,27 @@ class Decisions:
         process = self.processes.get(age)
         if process is not None:
             process.blocked = False
+        return self._start(now)
+
+    def stalled(self, age: int) -> None:
+        """The process has stopped taking what it is sent: send it nothing until `turning`."""
+        process = self.processes.get(age)
+        if process is not None:
+            process.stalled = True
+
+    def turning(self, age: int, now: float) -> list[Action]:
+        """The process takes what it is sent again."""
+        process = self.processes.get(age)
+        if process is not None:
+            process.stalled = False
+        return self._start(now)
+
+    def returned(self, age: int, request: int, now: float) -> list[Action]:
+        """A stalled process gives back what no slot has taken: undo the start."""
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return []
+        self._undo_start(process, request)
         return self._start(now)
 
     def leaving(self, age: int) -> list[Action]:
@@ -300,15 +333,25 @@ class Decisions:
 
     # Events from the master, and from the clock.
 
-    def ruled(self, rules: Rules, live: Iterable[int], now: float) -> list[Action]:
-        """The master's word: the rules, and the ages of the processes it has forked."""
+    def ruled(self, rules: Rules, live: Iterable[int], now: float, failed: int = 0) -> list[Action]:
+        """The master's word: the rules, and the ages of the processes it has forked.
+
+        `failed` is the age of the newest one that could not load the app; it is known by the time
+        that one is not among the living any more.
+        """
         self.rules = rules
         self.live = frozenset(live)
+        self.failed = failed
         return self._changed() + self._start(now)
 
     def stop(self) -> None:
         """The replica stops: what is in flight goes on, and processes stay until `drain`."""
         self.stopping = True
+
+    def resume(self, now: float) -> list[Action]:
+        """It was a pause: what is in flight goes on, and processes leave as ever."""
+        self.stopping = self.drained = False
+        return self._changed() + self._start(now)
 
     def drain(self) -> list[Action]:
         """Nothing waits, and nothing can become ready any more: all processes may go."""
@@ -322,7 +365,8 @@ class Decisions:
         return [*(Refuse(request, Why.WAITED) for request in late), *self._start(now)]
 
     def give_up(self) -> list[Action]:
-        """The stop is about to end: refuse everything that still waits."""
+        """The stop is about to end: refuse everything that still waits, and that comes."""
+        self.given_up = True
         left = self.exempt.clear() + self.waiting.clear()
         return [Refuse(request, Why.STOPPING) for request in left]
 
@@ -376,7 +420,7 @@ class Decisions:
 
     def _least_busy_for_exempt(self) -> Process | None:
         """One whose extra slot is free; or, as for any other request, one that has none."""
-        extra = [p for p in self._usable if p.exempt < p.extra and p.free and not p.blocked]
+        extra = [p for p in self._usable if p.exempt < p.extra and _has_credit(p)]
         return min(extra, key=_order) if extra else self._least_busy(extras=False)
 
     def _least_busy(self, extras: bool = True) -> Process | None:
@@ -389,7 +433,7 @@ class Decisions:
         able = [
             p
             for p in self._usable
-            if p.free and not p.blocked and p.running < p.slots and (extras or not p.extra)
+            if _has_credit(p) and p.running < p.slots and (extras or not p.extra)
         ]
         return min(able, key=_order, default=None)
 
@@ -424,7 +468,8 @@ class Decisions:
         """Whether a process that is told to leave can be spared.
 
         Either p newer ones are ready; or no successor is loading, since gunicorn will fork
-        one only when this process has gone, and then one process leaves at a time.
+        one only when this process has gone, and then one process leaves at a time. But not
+        while that one would not be able to load the app.
         """
         if self.stopping:
             return self.drained
@@ -432,7 +477,10 @@ class Decisions:
         wanted = self.rules.processes
         if sum(each.age > process.age for each in present) >= wanted:
             return True
-        return not self.booting and len(present) >= wanted
+        return not (self.booting or self.cannot_load) and len(present) >= wanted
+
+    def _undo_start(self, process: Process, request: int) -> None:
+        self._put_back([(request, self._end(process, request))])
 
     def _remember(self, process: Process) -> None:
         self.processes[process.age] = process
@@ -444,6 +492,10 @@ class Decisions:
             self.running -= process.running
             self._exempt_within -= 0 if process.extra else process.exempt
         return process
+
+
+def _has_credit(process: Process) -> bool:
+    return process.free > 0 and not (process.blocked or process.stalled)
 
 
 def _order(process: Process) -> tuple[int, int]:

@@ -4,8 +4,9 @@
 
 It runs no user code, and joins three parts that do not know each other: clients (sockets
 and bytes), decisions (plain values) and processes (channels). Each turn of its loop takes
-events of clients first, so that a client that has left is not run; then those of processes
-and listeners; then what is due.
+first what the master wants, so that a stop comes before requests that came after it; then events
+of clients, so that one that has left is not run; then those of processes and listeners; then
+what is due.
 
 It reads the master's page when nudged, tells the replica's page at least once a second that
 it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
@@ -20,24 +21,27 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from . import answers
-from .channel import Adopt, Job, Kind, Report
+from .channel import Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
 from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send, Spare
+from .guard import Guard
 from .head import Head
 from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
-from .pages import MasterPage, Numbers, ReplicaPage
+from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
+from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
+LAST_CALL = 1.0  # seconds that a client has to send a request after a stop began
+OVERTIME = 0.25  # seconds after graceful_timeout at which a stop ends, whatever is left to do
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,7 @@ class Frame:
     control: socket.socket
     master_page: MasterPage
     replica_page: ReplicaPage
+    load_page: LoadPage
     nudge: int  # eventfd, written by the master after its page
     master_pidfd: int
     master_pid: int
@@ -61,14 +66,19 @@ class Dispatcher:
         self._wishes = wishes
         self._journal = journal
         self._epoll = select.epoll()
-        self._decisions = Decisions(wishes.rules)
+        rules = wishes.rules
+        self._decisions = Decisions(replace(rules, processes=max(1, rules.processes)))
         self._requests: dict[int, Connection] = {}
         self._next = itertools.count(time.monotonic_ns() // 1000)  # never a number used before
         self._processes = Processes(self._epoll, frame.control, self)
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stop: Stop | None = None
+        self._paused = False
+        self._given_up = 0  # turns
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
+        self._guard = Guard(self._epoll, frame.master_pid)
+        self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._ended = False
         self._spared = frame.replica_page.read().spared
         self._decisions.was_ready = self._heritage.was_ready
@@ -85,11 +95,17 @@ class Dispatcher:
             wait = min(TURN, max(0.0, due - time.monotonic()))
             events = self._epoll.poll(wait)
             now = time.monotonic()
+            self._processes.watch(now)
             self._on_events(events, now)
             self._tick(due <= now, now)
+            self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
             self._frame.replica_page.write(self._numbers(now))
+        self._frame.replica_page.write(self._numbers(math.inf))
 
-    def _on_events(self, events: Iterable[tuple[int, int]], now: float) -> None:
+    def _on_events(self, events: list[tuple[int, int]], now: float) -> None:
+        nudge = self._frame.nudge
+        if any(fd == nudge for fd, _ in events):
+            self._on_nudge(now)
         others = []
         connections = self._clients.connections
         for fd, mask in events:
@@ -101,10 +117,11 @@ class Dispatcher:
         for fd, mask in others:
             if fd in self._clients.listeners:
                 self._clients.on_listener(fd, now)
-            elif fd == self._frame.nudge:
-                self._on_nudge(now)
             elif fd == self._frame.master_pidfd:
                 self._on_master_death(now)
+            elif fd in self._guard:
+                self._guard.died()
+                self._tell_unguarded()
             elif fd in self._heritage:
                 age = self._heritage.died(fd)
                 self._perform(self._decisions.died(age, (), now), now)
@@ -124,6 +141,8 @@ class Dispatcher:
             self._clients.tick(now)
             self._journal.tick(now)
         self._perform(self._decisions.tick(now), now)
+        if self._decisions.stopping:
+            self._drain_if_done(now)
         if self._stop is not None and self._stop.graceful:
             self._go_on_stopping(self._stop, now)
 
@@ -164,9 +183,13 @@ class Dispatcher:
     def on_shortage(self, now: float) -> None:
         self._journal.shortage(now)
 
+    @property
+    def _is_ready(self) -> bool:
+        return self._decisions.is_ready and not self._wishes.draining
+
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
-            return answers.probe(self._decisions.is_ready, "ready", "not ready")
+            return answers.probe(self._is_ready, "ready", "not ready")
         healthy = self._decisions.is_healthy
         return answers.probe(healthy, "healthy", "no process is usable or booting")
 
@@ -184,10 +207,14 @@ class Dispatcher:
     def on_report(self, link: Link, report: Report, now: float) -> None:
         if report.kind is Kind.FREE:
             self._perform(self._decisions.freed(link.age, now), now)
+        elif report.kind is Kind.DONE:
+            self._on_done(link, report, now)
         elif report.kind is Kind.LEAVING:
             self._perform(self._decisions.leaving(link.age), now)
-        else:
-            self._on_done(link, report, now)
+        elif report.kind is Kind.RETURNED:
+            self._on_returned(link, report.request, now)
+        elif report.kind is Kind.STALLED:
+            self._on_explained(link, report)
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
@@ -195,9 +222,30 @@ class Dispatcher:
             if report.rest is not None:
                 report.rest.close()
             return  # said twice, or of another process's request
-        conn = self._requests.pop(report.request)
+        conn = self._requests.pop(report.request, None)
         self._perform(self._decisions.done(link.age, report.request, now), now)
-        self._clients.give_back(conn, report, now)
+        if conn is not None:
+            self._clients.give_back(conn, report, now)
+        elif report.rest is not None:  # we have answered already, in place of the slot
+            report.rest.close()
+
+    def _on_returned(self, link: Link, request: int, now: float) -> None:
+        if not self._decisions.runs(link.age, request):
+            return
+        self._perform(self._decisions.returned(link.age, request, now), now)
+        if request in self._decisions.waiting:
+            self._clients.take_back(self._requests[request])
+
+    def _on_explained(self, link: Link, report: Report) -> None:
+        stall = decode_stall(report.carry)
+        if stall is not None:
+            self._journal.stalled(link.pid, self._requests.get(report.request), stall)
+
+    def on_stall(self, link: Link, now: float) -> None:
+        if link.stalled:
+            self._decisions.stalled(link.age)
+        else:
+            self._perform(self._decisions.turning(link.age, now), now)
 
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
@@ -208,10 +256,11 @@ class Dispatcher:
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()
         process = self._decisions.processes.get(link.age)
-        unread = set(process.requests) - begun.keys() if process else set()
+        ours = process.requests.keys() & self._requests.keys() if process else set()
+        unread = ours - begun.keys()
         for action in self._decisions.died(link.age, unread, now):
             if isinstance(action, Lost):
-                self._on_lost(action.request, begun[action.request], now)
+                self._on_lost(action.request, begun.get(action.request, False), now)
             else:
                 self._perform([action], now)
         for request in filter(self._decisions.waits, unread):
@@ -219,7 +268,9 @@ class Dispatcher:
         self._write_table()
 
     def _on_lost(self, request: int, answering: bool, now: float) -> None:
-        conn = self._requests.pop(request)
+        conn = self._requests.pop(request, None)
+        if conn is None:  # answered already, in place of the slot
+            return
         if answering:
             self._clients.close(conn)
         else:
@@ -251,7 +302,7 @@ class Dispatcher:
             conn.server,
             conn.ahead,
             conn.carry,
-            self._stop is not None,
+            self._decisions.stopping,
             now - conn.ready_at,
         )
         if self._processes.send(action.age, job, conn.fd):
@@ -293,9 +344,24 @@ class Dispatcher:
             self._journal.setup(wishes.logging)
         self._wishes = wishes
         self._clients.serve(wishes.serving)
-        self._perform(self._decisions.ruled(wishes.rules, wishes.live, now), now)
+        failed = self._frame.load_page.failed  # read after the master's page
+        pausing = not wishes.rules.processes
+        rules = self._decisions.rules if pausing else wishes.rules
+        self._perform(self._decisions.ruled(rules, wishes.live, now, failed), now)
+        if self._stop is None and pausing != self._paused:
+            self._pause_or_resume(pausing, now)
+        if wishes.supervisor and not self._guard.told(wishes.supervisor):
+            self._tell_unguarded()
         if wishes.stop is not None and wishes.stop != self._stop:
             self._begin_stop(wishes.stop, now)
+
+    def _tell_unguarded(self) -> None:
+        if self._stop is None:
+            self._journal.error(
+                "The supervisor (pid %d) is gone: the replica serves on, but a dispatcher that "
+                "dies or hangs is not replaced until a HUP or a new process brings a supervisor",
+                self._guard.pid,
+            )
 
     def _on_master_death(self, now: float) -> None:
         """Without a master nothing is restarted: finish what is in flight, and end."""
@@ -304,32 +370,75 @@ class Dispatcher:
             self._journal.warning("The master is gone: finishing what is in flight, then leaving")
             self._begin_stop(Stop(True, now + self._wishes.graceful_timeout), now)
 
+    def _pause_or_resume(self, pausing: bool, now: float) -> None:
+        """p is 0 after WINCH: what has come is finished, what comes is left to another master."""
+        self._paused = pausing
+        if pausing:
+            self._decisions.stop()
+            self._clients.pause(now + LAST_CALL)
+        else:
+            self._clients.resume()
+            self._perform(self._decisions.resume(now), now)
+
     # A stop.
 
     def _begin_stop(self, stop: Stop, now: float) -> None:
         if self._stop is None:
             self._decisions.stop()
-            self._clients.stop(now)
+            last_call = min(LAST_CALL, self._wishes.graceful_timeout / 2)
+            self._clients.stop(now, now + last_call, self._wishes.shared)
         self._stop = stop
         if not stop.graceful:
             self._ended = True
 
     def _give_up_at(self, stop: Stop) -> float:
-        """When what still waits is refused: a second before the end, or a quarter if less."""
+        """When the rest is told that it is too late: a second before the end, or a quarter."""
         return stop.deadline - min(1.0, self._wishes.graceful_timeout / 4)
 
     def _next_of_stop(self) -> float:
-        if self._stop is None or not (self._decisions.waiting or self._decisions.exempt):
+        if self._stop is None:
             return math.inf
-        return self._give_up_at(self._stop)
+        if self._given_up < 2:
+            return self._give_up_at(self._stop)
+        return self._stop.deadline + OVERTIME
 
     def _go_on_stopping(self, stop: Stop, now: float) -> None:
-        if now >= self._give_up_at(stop):
-            self._perform(self._decisions.give_up(), now)
-        if not self._decisions.drained and not any(self._clients.pending()):
+        if now >= self._give_up_at(stop) or self._is_alone:
+            self._give_up(now)
+        gone = self._clients.called and self._decisions.drained and not self._clients.connections
+        late = now >= stop.deadline + OVERTIME
+        self._ended = self._ended or late or (gone and not self._processes.links)
+
+    def _drain_if_done(self, now: float) -> None:
+        """Dismiss the processes once nothing is left that could become a request."""
+        if self._clients.called and not (self._decisions.drained or any(self._clients.pending())):
             self._perform(self._decisions.drain(), now)
-        gone = not self._clients.connections and not self._processes.links
-        self._ended = self._ended or (gone and self._decisions.drained) or now > stop.deadline + 1
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether no process is left that could run anything."""
+        return not (self._wishes.live or self._processes.links)
+
+    def _give_up(self, now: float) -> None:
+        """Answer what waits, what has come in part, and what runs and has sent nothing.
+
+        The last in two turns: in the first its slots lose the right to begin a response.
+        """
+        self._given_up += 1
+        self._perform(self._decisions.give_up(), now)
+        self._clients.give_up(answers.OUT_OF_TIME, now)
+        for link in self._processes.links.values():
+            if link.silenced:
+                self._answer_for(link, now)
+            link.silenced = True
+            link.cells.silence()
+
+    def _answer_for(self, link: Link, now: float) -> None:
+        begun = link.cells.begun()
+        for request in self._decisions.processes[link.age].requests:
+            conn = None if begun.get(request) else self._requests.pop(request, None)
+            if conn is not None:
+                self._clients.answer(conn, answers.OUT_OF_TIME, now)
 
     def _write_table(self) -> None:
         rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]

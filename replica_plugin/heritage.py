@@ -24,7 +24,7 @@ class Heritage:
         self._epoll = epoll
         self._missing: dict[int, Row] = {}
         for row in page.read_table():
-            pidfd = _open_child(row[2], parent)
+            pidfd = open_child(row[2], parent)
             if pidfd is not None:
                 self._missing[pidfd] = row
                 epoll.register(pidfd, select.EPOLLIN)
@@ -50,7 +50,8 @@ class Heritage:
             os.close(pidfd)
 
 
-def _open_child(pid: int, parent: int) -> int | None:
+def open_child(pid: int, parent: int) -> int | None:
+    """A pidfd of a living child of this parent; None if the pid is nobody's or another's."""
     try:
         pidfd = os.pidfd_open(pid)
     except OSError:

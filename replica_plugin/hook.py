@@ -8,11 +8,17 @@ user's file defines, above our line or below.
 
     configuration read -> nworkers_changed -> listeners -> check_config -> when_ready -> fork
     reload: configuration read -> setup (wrapped, master.py) -> on_reload -> fork
+
+gunicorn's `reload` (since 27) waits at its end for the old processes, up to graceful_timeout,
+and sees no signal meanwhile. Ours leave later than that, when their successors are ready; so
+within `reload` graceful_timeout is 0, but for the processes that it forks.
 """
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,7 +27,7 @@ from gunicorn.config import Config
 
 from . import boot, stats
 from .config.load import Loaded, load
-from .errors import BootError, ConfigError
+from .errors import BootError, ConfigError, Place, Problem
 
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
     from .master import Arbiter, Master
@@ -41,10 +47,12 @@ def gunicorn_settings() -> dict[str, Any]:
     what held before goes on to hold.
     """
     settings = _load().settings
+    preload = {"preload_app": True} if settings.preload else {}
     return {
+        **preload,
         "workers": settings.processes_per_replica,
         "threads": settings.threads_per_process,
-        "worker_class": boot.worker_class(),
+        "worker_class": boot.worker_class(settings.mode),
         "nworkers_changed": _beside_one_above(),
     }
 
@@ -68,13 +76,21 @@ def _beside_one_above() -> Callable[..., None]:
 def _load() -> Loaded:
     global _loaded
     try:
-        _loaded = load()
+        _loaded = _complete(load())
     except ConfigError as error:
         if _log is None:
             raise SystemExit(f"\n{error}\n") from None
         _log.error("%s\nThe settings from before go on to hold.", error)
     assert _loaded is not None
     return _loaded
+
+
+def _complete(loaded: Loaded) -> Loaded:
+    """Settings for which all that they need is installed. Raises ConfigError."""
+    missing = boot.missing(loaded.settings.mode)
+    if missing:
+        raise ConfigError([Problem(Place(loaded.sources["mode"], "mode"), missing)])
+    return loaded
 
 
 def master() -> Master | None:
@@ -107,15 +123,27 @@ def _when_ready(arbiter: Arbiter) -> None:
     global _master
 
     assert _loaded is not None
+    if arbiter.cfg.preload_app:
+        gc.collect()
+        gc.freeze()  # else the collector would write to, and so copy, what processes share
     _master = Master(arbiter, _loaded.settings)
     stats.share(_master.replica_page)
     _wrap(arbiter, _master)
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
+def _on_reload(arbiter: Arbiter) -> None:
+    arbiter.cfg.set("graceful_timeout", 0)
+
+
+def _post_fork(arbiter: Arbiter, worker: Any) -> None:
+    if _master is not None:
+        _master.restore_timeout()
+
+
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
-        _master.tell(worker.age)
+        _master.before_fork(worker.age)
 
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -137,7 +165,9 @@ def _on_exit(arbiter: Arbiter) -> None:
 _HOOKS: dict[str, Callable[..., None]] = {
     "nworkers_changed": nworkers_changed,
     "when_ready": _when_ready,
+    "on_reload": _on_reload,
     "pre_fork": _pre_fork,
+    "post_fork": _post_fork,
     "child_exit": _child_exit,
     "worker_exit": _worker_exit,
     "on_exit": _on_exit,
@@ -169,28 +199,55 @@ def _quiet_control_socket(cfg: Config) -> None:
 
 
 def _wrap(arbiter: Arbiter, ours: Master) -> None:
-    """Have three of the arbiter's methods do our part, too."""
+    """Have some of the arbiter's methods do our part, too."""
     stop, setup, handle_usr1 = arbiter.stop, arbiter.setup, arbiter.handle_usr1
+    reload, reexec, kill_workers = arbiter.reload, arbiter.reexec, arbiter.kill_workers
 
     def wrapped_stop(graceful: bool = True) -> None:
+        graceful = graceful and ours.drain()
         ours.stop(graceful)
         stop(graceful)
+
+    def wrapped_kill_workers(number: int) -> None:
+        if number == signal.SIGQUIT:
+            ours.stop(False)
+        kill_workers(number)
+
+    def wrapped_reexec() -> None:
+        reexec()
+        ours.tell()
 
     def wrapped_setup(app: Any) -> None:
         _before_reload(arbiter, app.cfg)
         setup(app)
         _after_reload(arbiter, ours)
 
+    def wrapped_reload() -> None:
+        try:
+            reload()
+        finally:
+            ours.restore_timeout()
+
     def wrapped_usr1() -> None:
         handle_usr1()
         ours.reopen_logs()
 
-    vars(arbiter).update(stop=wrapped_stop, setup=wrapped_setup, handle_usr1=wrapped_usr1)
+    vars(arbiter).update(
+        stop=wrapped_stop,
+        kill_workers=wrapped_kill_workers,
+        setup=wrapped_setup,
+        reload=wrapped_reload,
+        reexec=wrapped_reexec,
+        handle_usr1=wrapped_usr1,
+    )
 
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
     """Undo what a reload cannot change, and add our hooks to the new configuration."""
-    for name in ("bind", "worker_class"):
+    fixed = ["bind", "preload_app"]
+    if not (boot.is_ours(arbiter.cfg) and boot.is_ours(cfg)):
+        fixed.append("worker_class")
+    for name in fixed:
         before = arbiter.cfg.settings[name].get()
         if cfg.settings[name].get() != before:
             arbiter.log.error("%s has changed, which needs a restart; it stays %s", name, before)
@@ -205,6 +262,11 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
     _tell_overrides(arbiter.cfg, arbiter.log)
+    if arbiter.cfg.preload_app:
+        arbiter.log.warning(
+            "preload: the new processes have the app as the master loaded it at the start; for "
+            "changed code restart gunicorn, or use USR2"
+        )
     ours.adopt(_loaded.settings)
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 

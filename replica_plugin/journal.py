@@ -17,6 +17,7 @@ from gunicorn.config import Config
 from gunicorn.glogging import Logger
 
 from .answers import Answer
+from .channel import Stall
 from .connection import Connection
 
 QUIET = 10.0
@@ -109,6 +110,18 @@ class Journal:
             self._quiet_until = now + QUIET
         else:
             self._held[text] += 1
+
+    def stalled(self, pid: int, conn: Connection | None, stall: Stall) -> None:
+        """A process in gevent mode has told what keeps its hub."""
+        what = "code outside of requests"
+        if conn is not None and conn.head is not None:
+            what = f"{conn.head.method.decode('latin-1')} {conn.head.path.decode('latin-1')}"
+        self._logger.warning(
+            "The hub of process %d does not turn, so it is sent nothing: %s keeps it, with %.0f %% "
+            "of a CPU, in %s. In gevent mode a request that computes or blocks stops all of its "
+            "process: use mode: thread, or fewer threads_per_process and more processes.",
+            pid, what, stall.share * 100, stall.place,
+        )  # fmt: skip
 
     def next_deadline(self) -> float:
         return math.inf if self._quiet_until is None else self._quiet_until

@@ -3,17 +3,25 @@
 Connections leave some descriptors to others: the rests of responses, and processes that
 register. When there are no more for connections, or the kernel has no memory for one, all
 wait in the backlog for a moment.
+
+Before one is closed that nobody else has, the kernel is told to drop what would begin another
+connection (a SYN without ACK), while those whose handshake is under way are still accepted. A
+client whose SYN is dropped sends another, and is then refused; closed at once, the socket would
+reset all that it has in its backlog, and all that are about to get there.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import math
 import os
 import resource
 import select
 import socket
+import struct
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 
 from .channel import Address
 from .connection import Connection
@@ -21,6 +29,17 @@ from .machine import spare
 
 ACCEPTS = 64  # connections taken in one turn, so that clients cannot keep the loop from the rest
 PAUSE = 0.1  # seconds without accept when descriptors or memory have run out
+SO_ATTACH_FILTER = 26
+_PROGRAM = struct.pack(
+    "=" + "HBBI" * 5,
+    0x30, 0, 0, 13,  # load the byte of TCP's flags
+    0x54, 0, 0, 0x12,  # of which we want SYN and ACK
+    0x15, 0, 1, 0x02,  # is it SYN alone?
+    0x06, 0, 0, 0,  # then drop it
+    0x06, 0, 0, 0xFFFFFFFF,
+)  # fmt: skip
+_MEMORY = ctypes.create_string_buffer(_PROGRAM)
+_FILTER = struct.pack("@HP", 5, ctypes.addressof(_MEMORY))
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
@@ -31,6 +50,12 @@ class Listener:
         self.sock = sock
         self.server: Address = sock.getsockname()
         self.local = sock.family == socket.AF_UNIX
+
+    def refuse(self) -> None:
+        """Take no more connections, but those that have begun. Never for a socket others have."""
+        if not self.local:
+            with suppress(OSError):  # a sandbox may not have it: then late clients are reset
+                self.sock.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, _FILTER)
 
     def accept(self) -> Connection:
         """A new connection. Raises OSError."""
@@ -44,6 +69,7 @@ class Listeners:
     def __init__(self, epoll: select.epoll, listeners: Iterable[Listener]) -> None:
         self.paused_until = math.inf
         self.is_short = False  # of what a connection needs, when that was looked at last
+        self._wanted = True
         self._epoll = epoll
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = limit - spare(limit) if limit >= 0 else math.inf
@@ -53,6 +79,16 @@ class Listeners:
 
     def __contains__(self, fd: int) -> bool:
         return fd in self._listeners
+
+    def accept_if(self, wanted: bool) -> None:
+        """Take connections, or leave them to whoever else has these listeners."""
+        self._wanted = wanted
+        self._listen(select.EPOLLIN)
+
+    def refuse(self) -> None:
+        """Take no more connections, but those that have begun."""
+        for listener in self._listeners.values():
+            listener.refuse()
 
     def fds(self) -> list[int]:
         return list(self._listeners)
@@ -106,4 +142,4 @@ class Listeners:
 
     def _listen(self, mask: int) -> None:
         for fd in self._listeners:
-            self._epoll.modify(fd, mask)
+            self._epoll.modify(fd, mask if self._wanted else 0)

@@ -4,36 +4,40 @@ The master runs no code of ours but these hooks, each of which writes what is wa
 the master's page and nudges whoever reads it. Nothing is sent that could be lost: a helper
 that was not there reads the page when it comes.
 
-gunicorn's arbiter is touched here and nowhere else. Three of its methods are wrapped on
-the instance, since no hook says what they do: `stop` (a stop is told, never inferred from
-a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
-again) and `handle_usr1` (logs are reopened).
+gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods are
+wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
+from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
+again), `reload` (see hook.py), `kill_workers` (a stop is hurried with QUIT), `reexec` (another
+master shares our sockets) and `handle_usr1` (logs are reopened).
 """
 
 from __future__ import annotations
 
 import json
 import os
+import queue
 import select
 import signal
 import socket
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import gunicorn
 from gunicorn.config import Config
+from gunicorn.errors import HaltServer
 
-from . import journal
+from . import journal, ready_file
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
-from .pages import MasterPage, ReplicaPage
+from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
+from .unpatched import socketpair
 
 STARTER = (
     "import sys, json; inherited = json.loads(sys.argv[1]); "
@@ -45,7 +49,8 @@ STARTER = (
 # Isolation takes Python's variables away, of which this one is kept.
 _FLAGS = ("-I", "-B") if sys.dont_write_bytecode else ("-I",)
 
-LEAVE_TIME = 2.0  # seconds the helpers get to send their last bytes when all workers are gone
+LEAVE_TIME = 0.5  # seconds after graceful_timeout at which helpers that are still there are killed
+PAUSE = 0.1  # seconds between two looks at processes and signals during drain_delay
 
 
 class Arbiter(Protocol):
@@ -55,11 +60,21 @@ class Arbiter(Protocol):
     log: Any
     pid: int
     num_workers: int
+    master_pid: int
     WORKERS: dict[int, Any]
     LISTENERS: list[Any]
+    SIG_QUEUE: Any
+    reexec_pid: int
+    systemd: bool
 
     def stop(self, graceful: bool = True) -> None: ...
     def setup(self, app: Any) -> None: ...
+    def reload(self) -> None: ...
+    def reexec(self) -> None: ...
+    def reap_workers(self) -> None: ...
+    def murder_workers(self) -> None: ...
+    def manage_workers(self) -> None: ...
+    def kill_workers(self, sig: int) -> None: ...
     def handle_usr1(self) -> None: ...
 
 
@@ -69,20 +84,42 @@ class Master:
     def __init__(self, arbiter: Arbiter, settings: Settings) -> None:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
+        self.load_page = LoadPage()
         self.control, self._control_out = _control_pair()
         self._arbiter = arbiter
         self._stop: Stop | None = None
+        self._draining = False
         self._reopen = 0
         self._told = 0
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self._nudges = (os.eventfd(0, flags), os.eventfd(0, flags))
+        self._supervisor = 0
+        self._supervisor_pidfd = -1
         self.adopt(settings)
-        self._supervisor = self._start_supervisor()
+        if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
+            with suppress(OSError):
+                ready_file.remove(settings.ready_file)
+        self._start_supervisor()
 
     def adopt(self, settings: Settings) -> None:
         """Take over settings, at the start and with each reload."""
         self.settings = settings
+        self._graceful_timeout: int = self._arbiter.cfg.graceful_timeout
         self.tell()
+
+    def before_fork(self, age: int) -> None:
+        """A process of this age is about to be born: the moment to see that all are there."""
+        if _is_dead(self._supervisor_pidfd):
+            self._arbiter.log.error(
+                "The supervisor (pid %d) is gone: starting another", self._supervisor
+            )
+            os.close(self._supervisor_pidfd)
+            self._start_supervisor()
+        self.tell(age)
+
+    def restore_timeout(self) -> None:
+        """graceful_timeout is again what the user wants; see hook.py."""
+        self._arbiter.cfg.set("graceful_timeout", self._graceful_timeout)
 
     def tell(self, *forking: int) -> None:
         """Write what is wanted now, and wake its readers. `forking` are ages about to be born.
@@ -111,28 +148,78 @@ class Master:
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
-            graceful_timeout=cfg.graceful_timeout,
+            graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
+            supervisor=self._supervisor,
+            ready_file=self.settings.ready_file and os.path.abspath(self.settings.ready_file),
+            shared=self._is_shared(),
+            draining=self._draining,
             stop=self._stop,
             reopen=self._reopen,
         )
 
+    def _is_shared(self) -> bool:
+        """Whether someone else has our listening sockets: another master, or who activated us."""
+        arbiter = self._arbiter
+        inherited = any(isinstance(address, int) for address in arbiter.cfg.address)  # fd://
+        return bool(inherited or arbiter.systemd or arbiter.reexec_pid or arbiter.master_pid)
+
+    def drain(self) -> bool:
+        """Serve on for drain_delay while readyz says 503; False if that was cut short.
+
+        The arbiter does nothing but stop meanwhile, so we do for it what keeps processes there.
+        """
+        end = time.monotonic() + self.settings.drain_delay
+        if self._stop is not None or not self.replica_page.read().was_ready:
+            return True
+        self._draining = True
+        self.tell()
+        while time.monotonic() < end:
+            if self._is_hurried():
+                return False
+            try:
+                self._arbiter.reap_workers()
+                self._arbiter.murder_workers()
+                self._arbiter.manage_workers()
+            except HaltServer:
+                break
+            time.sleep(min(PAUSE, max(0.0, end - time.monotonic())))
+        return True
+
+    def _is_hurried(self) -> bool:
+        """Whether INT or QUIT has come."""
+        with suppress(queue.Empty, IndexError):
+            while True:
+                number = _next_signal(self._arbiter.SIG_QUEUE)
+                if number in (signal.SIGINT, signal.SIGQUIT):
+                    return True
+                if number == signal.SIGUSR1:
+                    self._arbiter.handle_usr1()
+        return False
+
     def stop(self, graceful: bool) -> None:
         """A stop begins. A quick one after a graceful one takes over, not the other way round."""
         if self._stop is None or (self._stop.graceful and not graceful):
-            self._stop = Stop(graceful, time.monotonic() + self._arbiter.cfg.graceful_timeout)
+            self._stop = Stop(graceful, time.monotonic() + self._graceful_timeout)
         self.tell()
 
     def end(self) -> None:
-        """All workers are gone: let the helpers send their last bytes, and end them."""
+        """All workers are gone: let the helpers send their last bytes in time, and end them."""
         now = time.monotonic()
-        self._stop = replace(self._stop, deadline=now) if self._stop else Stop(False, now)
+        self._stop = self._stop or Stop(False, now)
         self.tell()
-        pidfd = self._supervisor_pidfd
-        if not select.select([pidfd], [], [], LEAVE_TIME)[0]:
-            self._arbiter.log.warning("The supervisor has not ended in time: killing it")
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        end = LEAVE_TIME + (max(now, self._stop.deadline) if self._stop.graceful else now)
+        self._await_end("supervisor", self._supervisor_pidfd, end)
+        living = self.replica_page.find_living()
+        if living:
+            self._await_end("dispatcher", living[1], end)
+
+    def _await_end(self, name: str, pidfd: int, end: float) -> None:
+        if not _is_dead(pidfd, max(0.0, end - time.monotonic())):
+            self._arbiter.log.warning("The %s has not ended in time: killing it", name)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
 
     def reopen_logs(self) -> None:
         self._reopen += 1
@@ -148,7 +235,7 @@ class Master:
         """Where a process registers."""
         return self._control_out
 
-    def _start_supervisor(self) -> subprocess.Popen[bytes]:
+    def _start_supervisor(self) -> None:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""
         own = os.pidfd_open(os.getpid())
         inheritance = Inheritance(
@@ -156,6 +243,7 @@ class Master:
             self.control.fileno(),
             self.page.fd,
             self.replica_page.fd,
+            self.load_page.fd,
             *self._nudges,
             own,
             os.getpid(),
@@ -168,12 +256,22 @@ class Master:
             start_new_session=True,
         )
         os.close(own)
-        self._supervisor_pidfd = os.pidfd_open(process.pid)
-        return process
+        self._supervisor, self._supervisor_pidfd = process.pid, os.pidfd_open(process.pid)
+        process.returncode = 0  # gunicorn reaps it, and its pid may come back as a worker's
+        self.tell()
+
+
+def _next_signal(signals: Any) -> int:
+    """The next of the arbiter's signals; a list before gunicorn 24. Raises Empty, IndexError."""
+    return int(signals.pop(0) if isinstance(signals, list) else signals.get_nowait())
+
+
+def _is_dead(pidfd: int, patience: float = 0.0) -> bool:
+    return bool(select.select([pidfd], [], [], patience)[0])
 
 
 def _control_pair() -> tuple[socket.socket, socket.socket]:
-    reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    reading, writing = socketpair(socket.SOCK_SEQPACKET)
     writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
     return reading, writing
 

@@ -3,6 +3,7 @@
     page          writer      readers
     MasterPage    master      supervisor, dispatcher: the settings, and what the master wants
     ReplicaPage   dispatcher  supervisor, its own successor, anyone who asks for numbers
+    LoadPage      processes   themselves, dispatcher: how loading the app went
     Cells         process     dispatcher: one cell a slot, what it does with which request
 
 Each page has one writer at a time and outlives it, which is the point: what a dead process
@@ -11,19 +12,26 @@ knew is still there. A page is an anonymous file (memfd), passed on as a descrip
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
 import struct
+import time
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, NamedTuple
 
 _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follows
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
+STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
+_LOAD_SIZE = 1 << 14
+_LOADED_OFFSET = 16
 _NUMBERS = struct.Struct("@dQQQQQQQQQ")  # native: each number is one aligned word
+_LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
 
 def create(name: str, size: int) -> int:
@@ -73,8 +81,9 @@ class MasterPage:
 
 
 class Numbers(NamedTuple):
-    """The replica in numbers. `beat` is the monotonic time of the dispatcher's last turn.
+    """The replica in numbers.
 
+    `beat` is the monotonic time of the dispatcher's last turn; infinity once it has ended well.
     `unsent` are bytes of responses that slots have left to the dispatcher. `spared` counts, since
     the start of the replica, the requests that overload_dry_run has let in.
     """
@@ -92,12 +101,42 @@ class Numbers(NamedTuple):
 
 
 class ReplicaPage:
-    """What the dispatcher knows. Written by the dispatcher that lives; read by its successor."""
+    """What the dispatcher knows. Written by the dispatcher that lives; read by its successor.
+
+    Which one lives is the kernel's knowledge: it holds a lock on the page, from its birth to
+    its death. So there are never two, and a pid that came back is not taken for it.
+    """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = create("numbers", _REPLICA_SIZE) if fd is None else fd
         self._memory = mmap.mmap(self.fd, _REPLICA_SIZE)
         self._table = _Blob(self._memory, _TABLE_OFFSET)
+
+    def claim(self) -> bool:
+        """Become the one that lives; False if another does.
+
+        The lock ends with the process, or when it closes any descriptor of the page.
+        """
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+    def find_living(self) -> tuple[int, int] | None:
+        """Pid and pidfd of the dispatcher that lives, unless that is the caller."""
+        while pid := self._holder():
+            with suppress(ProcessLookupError):
+                pidfd = os.pidfd_open(pid)
+                if self._holder() == pid:  # so it is this process, which the pidfd now keeps apart
+                    return pid, pidfd
+                os.close(pidfd)
+        return None
+
+    def _holder(self) -> int:
+        ask = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        kind, *_, pid = _LOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_GETLK, ask))
+        return 0 if kind == fcntl.F_UNLCK else int(pid)
 
     def write(self, numbers: Numbers) -> None:
         _NUMBERS.pack_into(self._memory, 0, *numbers)
@@ -113,14 +152,73 @@ class ReplicaPage:
         return [(age, slots, pid) for age, slots, pid in self._table.read() or []]
 
 
+class LoadPage:
+    """How loading the app went. Written by the processes that load it, one at a time.
+
+    Both locks end with the process that holds them.
+    """
+
+    def __init__(self, fd: int | None = None) -> None:
+        self.fd = create("load", _LOAD_SIZE) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, _LOAD_SIZE)
+        self._words = memoryview(self._memory).cast("Q")
+        self._loaded = _Blob(self._memory, _LOADED_OFFSET)
+
+    @property
+    def failed(self) -> int:
+        """The age of the newest process that could not load the app; 0 if each could."""
+        return self._words[0]
+
+    @property
+    def failures(self) -> int:
+        """How many in a row could not."""
+        return self._words[1]
+
+    def turn(self) -> AbstractContextManager[None]:
+        """The turn to load the app; waits until nobody else has it."""
+        return self._locked(0)
+
+    def loaded(self, live: Iterable[int]) -> set[int]:
+        """The ages of the processes, of these, that have the app loaded."""
+        with self._locked(1):
+            return self._read_loaded() & set(live)
+
+    def note_loaded(self, age: int, live: Iterable[int]) -> None:
+        with self._locked(1):
+            self._loaded.write(sorted(self._read_loaded() & set(live) | {age}))
+            self._words[1] = 0
+
+    def note_failure(self, age: int) -> None:
+        with self._locked(1):
+            self._words[0] = max(self._words[0], age)
+            self._words[1] += 1
+
+    def _read_loaded(self) -> set[int]:
+        return set(self._loaded.read() or ())
+
+    @contextmanager
+    def _locked(self, which: int) -> Iterator[None]:
+        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, which)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, which)
+
+
 class Cells:
     """One cell a slot, written by that slot only: the request it has, and how far it is.
 
-    A cell is one aligned 64-bit word, so a process that dies leaves each either old or new.
+    A cell is one aligned 64-bit word, so a process that dies leaves each either old or new. Two
+    more words follow: in gevent mode the process says in one when its hub turned last; in the
+    other one the dispatcher says that it answers in place of all slots.
+
+    A response has one writer. A slot says that it answers, then looks whether it still may; the
+    dispatcher takes that right away, and looks who answers already in a later turn. So at most
+    one of them finds that it is the one.
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        size = max(1, slots) * 8
+        size = (slots + 2) * 8
         self.fd = create("cells", size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, size)
         self._words = memoryview(self._memory).cast("Q")
@@ -134,9 +232,14 @@ class Cells:
         """The slot has taken the request, and has not read from its socket yet."""
         self._words[slot] = request << 1
 
-    def answering(self, slot: int) -> None:
-        """The next thing the slot does is to write the first byte of the response."""
+    def answering(self, slot: int) -> bool:
+        """The slot is about to write the first byte of the response; whether it may."""
         self._words[slot] |= 1
+        return not self._words[-1]
+
+    def silence(self) -> None:
+        """No slot that has not begun its response may begin one."""
+        self._words[-1] = 1
 
     def end(self, slot: int) -> None:
         """The slot has reported the request, and has none."""
@@ -144,4 +247,13 @@ class Cells:
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 1: bool(word & 1) for word in self._words if word}
+        return {word >> 1: bool(word & 1) for word in self._words[:-2] if word}
+
+    def turn(self) -> None:
+        """The hub turns."""
+        self._words[-2] = time.monotonic_ns()
+
+    def has_stalled(self, now: float) -> bool:
+        """Whether there is a hub, and it has not turned for STALL."""
+        turned: int = self._words[-2]
+        return turned > 0 and now - turned / 1e9 > STALL

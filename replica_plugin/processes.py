@@ -55,6 +55,8 @@ class Link:
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
     leave_due: bool = False
+    stalled: bool = False  # as the dispatcher was told last
+    silenced: bool = False  # its slots begin no response any more
 
 
 class Office(Protocol):
@@ -63,6 +65,7 @@ class Office(Protocol):
     def on_registered(self, link: Link, again: bool, leaving: bool) -> None: ...
     def on_report(self, link: Link, report: Report, now: float) -> None: ...
     def on_sendable(self, link: Link, now: float) -> None: ...
+    def on_stall(self, link: Link, now: float) -> None: ...
     def on_nonsense(self, link: Link) -> None: ...
     def on_death(self, link: Link, now: float) -> None: ...
     def on_adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None: ...
@@ -90,6 +93,16 @@ class Processes:
             self._on_channel(self._by_channel[fd], mask, now)
         elif fd in self._by_pidfd and _is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
+
+    def watch(self, now: float) -> None:
+        """Tell of processes whose hub has stopped turning, and of those where it turns again.
+
+        Their cells say it and no message, which a thread without the GIL could not send.
+        """
+        for link in self.links.values():
+            if link.cells.has_stalled(now) is not link.stalled:
+                link.stalled = not link.stalled
+                self._office.on_stall(link, now)
 
     # What processes say.
 

@@ -20,7 +20,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .channel import WELCOME, Register, pair, receive, send_register
+from .channel import WELCOME, Register, pair, receive_now, send_register
+from .unpatched import poll
 
 OFFER_TIME = 5.0  # seconds without WELCOME after which the process offers itself anew
 RETRY_TIME = 0.02  # seconds until it does so if the dispatcher died with its offer
@@ -49,7 +50,7 @@ class Registration:
         self._found = found
         self._lost = lost
         self._own_pidfd = os.pidfd_open(os.getpid())
-        self._poll = select.poll()
+        self._poll = poll()
         self._offered: socket.socket | None = None
         self._offered_at = 0.0
         self._dispatcher = -1  # its pidfd
@@ -105,7 +106,7 @@ class Registration:
     def _on_reply(self, channel: socket.socket) -> None:
         """The dispatcher has taken our offer, or has died with it."""
         try:
-            data, fds = receive(channel, socket.MSG_DONTWAIT)
+            data, fds = receive_now(channel)
         except OSError:
             data, fds = b"", []
         if data != WELCOME or len(fds) != 1:

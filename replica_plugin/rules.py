@@ -48,8 +48,10 @@ class Privileges:
 class Wishes:
     """Everything the master's page says.
 
-    `live` are the ages of the processes that the master has forked. `reopen` counts the
-    requests to reopen the logs. `logging` are gunicorn's own settings of that name.
+    `live` are the ages of the processes that the master has forked. `supervisor` is the pid of
+    the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
+    gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
+    will; `draining` that a stop is about to begin, and nothing new should be sent to us.
     """
 
     rules: Rules
@@ -58,6 +60,10 @@ class Wishes:
     graceful_timeout: float
     privileges: Privileges
     logging: dict[str, Any]
+    supervisor: int = 0
+    ready_file: str | None = None
+    shared: bool = False
+    draining: bool = False
     stop: Stop | None = None
     reopen: int = 0
 
@@ -85,6 +91,10 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
         graceful_timeout=state["graceful_timeout"],
         privileges=Privileges(**state["privileges"]),
         logging=state["logging"],
+        supervisor=state["supervisor"],
+        ready_file=state["ready_file"],
+        shared=state["shared"],
+        draining=state["draining"],
         stop=Stop(**stop) if stop else None,
         reopen=state["reopen"],
     )

@@ -14,6 +14,7 @@ next one (ADOPT), with what is known about it.
 
 from __future__ import annotations
 
+import errno
 import socket
 from contextlib import suppress
 from typing import Protocol
@@ -26,10 +27,9 @@ from .channel import (
     End,
     Job,
     Kind,
+    ProcessEnd,
     Report,
     decode_job,
-    receive,
-    send_rest,
 )
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
@@ -41,61 +41,67 @@ class Process(Worker, Protocol):
     """What a slot asks of the process it is in; a gunicorn worker."""
 
     serving: bool
+    client_socket: type[ClientSocket]
 
-    def await_channel(self) -> socket.socket | None: ...
-    def dismissed(self, channel: socket.socket) -> None: ...
-    def lost(self, channel: socket.socket) -> None: ...
+    def await_channel(self) -> ProcessEnd | None: ...
+    def dismissed(self, channel: ProcessEnd) -> None: ...
+    def lost(self, channel: ProcessEnd) -> None: ...
     def offer(self, adopt: Adopt, sock: socket.socket) -> None: ...
     def room_for_rest(self) -> int: ...
 
 
 class Slot:
-    """One thread's place in a process; `index` is its cell."""
+    """One thread's, or greenlet's, place in a process; `index` is its cell."""
 
     def __init__(self, worker: Process, index: int, cells: Cells) -> None:
         self._worker = worker
         self._index = index
         self._cells = cells
         self._log = worker.log
+        self._sock: ClientSocket | None = None  # while it works on a request
 
     def run(self) -> None:
         """Take requests until the process is dismissed. Never raises, but for SystemExit."""
-        while True:
-            channel = self._worker.await_channel()
-            if channel is None:
-                return
+        while (channel := self.join()) is not None:
+            while self.take(channel):
+                pass
+
+    def join(self) -> ProcessEnd | None:
+        """Come to wait on the channel, once there is one; None if no more requests are taken."""
+        while (channel := self._worker.await_channel()) is not None:
             if self._say(channel, FREE):
-                self._take_from(channel)
+                return channel
+        return None
 
-    def _take_from(self, channel: socket.socket) -> None:
-        """Work on what comes on this channel, until it ends."""
-        while self._worker.serving:
-            try:
-                data, fds = receive(channel)
-            except OSError:
-                data, fds = b"", []
-            if not data:
-                self._worker.lost(channel)
-                return
-            if data == LEAVE:
-                self._worker.dismissed(channel)
-                return
-            self._work(channel, decode_job(data), fds)
+    def take(self, channel: ProcessEnd) -> bool:
+        """Work on the next thing that comes on this channel; False when that has ended."""
+        if not self._worker.serving:
+            return False
+        data, fds = channel.receive()
+        if not data:
+            self._worker.lost(channel)
+            return False
+        if data == LEAVE:
+            self._worker.dismissed(channel)
+            return False
+        self._work(channel, decode_job(data), fds)
+        return True
 
-    def _work(self, channel: socket.socket, job: Job, fds: list[int]) -> None:
+    def _work(self, channel: ProcessEnd, job: Job, fds: list[int]) -> None:
         """One request, from taken to reported."""
         if not fds:
             self._log.error("Out of descriptors: a request could not be taken (see ulimit -n)")
             self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
             return
         self._cells.begin(self._index, job.request)
-        sock = ClientSocket(
+        sock = self._worker.client_socket(
             _family(job.client),
             socket.SOCK_STREAM,
             fds[0],
             self._on_first_byte,
             self._worker.room_for_rest,
         )
+        self._sock = sock
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock).run()
@@ -106,9 +112,14 @@ class Slot:
             self._report(channel, job, report, sock)
 
     def _on_first_byte(self) -> None:
-        self._cells.answering(self._index)
+        """Raises BrokenPipeError if the dispatcher has answered in our place."""
+        if not self._cells.answering(self._index):
+            error = BrokenPipeError(errno.EPIPE, "The dispatcher has answered this request")
+            if self._sock is not None:
+                self._sock.trouble = error  # nothing more is sent, and it is no error of the app's
+            raise error
 
-    def _report(self, channel: socket.socket, job: Job, report: Report, sock: ClientSocket) -> None:
+    def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
         if report.rest is not None and not self._leave_rest(channel, report, report.rest):
             report = _send_rest(report, sock)
@@ -117,22 +128,23 @@ class Slot:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
+        self._sock = None
         sock.close()
 
-    def _leave_rest(self, channel: socket.socket, report: Report, rest: Rest) -> bool:
+    def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:
         """Report with the rest; False if that is not possible, and nothing was said."""
         try:
-            send_rest(channel, report, rest)
+            channel.tell(report.encode(), rest.fd)
         except OSError:
             return False
         finally:
             rest.close()
         return True
 
-    def _say(self, channel: socket.socket, message: bytes) -> bool:
+    def _say(self, channel: ProcessEnd, message: bytes) -> bool:
         """Tell the dispatcher; False if it is dead."""
         try:
-            channel.send(message, socket.MSG_NOSIGNAL)
+            channel.tell(message)
         except OSError:
             self._worker.lost(channel)
             return False

@@ -1,5 +1,8 @@
 """The supervisor: starts the dispatcher, and starts it again if it dies or hangs.
 
+1. There are never two dispatchers: each holds the lock of the replica's page while it lives.
+2. A supervisor that finds one at its start, because its predecessor died, watches over that.
+
 A process of its own, started by the master with exec, so that it holds nothing of the app
 even with preload_app. It imports everything once and then forks dispatchers, which makes a
 restart a matter of milliseconds. It holds what has to outlive a dispatcher: listeners, the
@@ -12,6 +15,7 @@ whole process group: the master tells through its page what it wants.
 from __future__ import annotations
 
 import gc
+import math
 import os
 import resource
 import select
@@ -19,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +31,7 @@ from gunicorn import util
 
 from .dispatcher import Dispatcher, Frame
 from .journal import Journal
-from .pages import MasterPage, ReplicaPage
+from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Wishes, decode_wishes
 
 TURN = 1.0  # seconds between two looks at the heartbeat
@@ -45,6 +50,7 @@ class Inheritance:
     control: int
     master_page: int
     replica_page: int
+    load_page: int
     dispatcher_nudge: int
     supervisor_nudge: int
     master_pidfd: int
@@ -53,7 +59,7 @@ class Inheritance:
     def fds(self) -> list[int]:
         """All of them, for the `pass_fds` of the one who starts it."""
         return [
-            *self.listeners, self.control, self.master_page, self.replica_page,
+            *self.listeners, self.control, self.master_page, self.replica_page, self.load_page,
             self.dispatcher_nudge, self.supervisor_nudge, self.master_pidfd,
         ]  # fmt: skip
 
@@ -94,12 +100,13 @@ class Supervisor:
         self._wishes = wishes
         self._journal = journal
         self._replica_page = ReplicaPage(inheritance.replica_page)
+        self._load_page = LoadPage(inheritance.load_page)
         self._listeners = [socket.socket(fileno=fd) for fd in inheritance.listeners]
         self._control = socket.socket(fileno=inheritance.control)
         self._poll = select.poll()
         self._poll.register(inheritance.supervisor_nudge, select.POLLIN)
         self._poll.register(inheritance.master_pidfd, select.POLLIN)
-        self._child = 0
+        self._pid = 0
         self._pidfd = -1
         self._born = 0.0
         self._watched = 0.0
@@ -108,7 +115,7 @@ class Supervisor:
     def run(self) -> None:
         gc.collect()
         gc.freeze()
-        self._fork()
+        self._start()
         while True:
             ready = {fd for fd, _ in self._poll.poll(int(TURN * 1000))}
             if self._inheritance.supervisor_nudge in ready:
@@ -120,23 +127,33 @@ class Supervisor:
             else:
                 self._watch()
 
-    def _fork(self) -> None:
-        """Start a dispatcher. The child never returns from here."""
+    def _start(self) -> None:
+        """Watch over the dispatcher that lives, or a new one; end if the last one ended well."""
+        if self._replica_page.read().beat == math.inf:
+            sys.exit(0)
         util._setproctitle("replica supervisor")
-        self._beat()
         self._born = self._watched = time.monotonic()
-        self._child = os.fork()
-        if not self._child:
-            self._become_dispatcher()
-        self._pidfd = os.pidfd_open(self._child)
+        living = self._replica_page.find_living()
+        self._pid, self._pidfd = living or self._fork()
+        if living:
+            self._journal.info("Watching over the dispatcher (pid %d) that is there", self._pid)
         self._poll.register(self._pidfd, select.POLLIN)
+
+    def _fork(self) -> tuple[int, int]:
+        """Start a dispatcher: its pid and pidfd. The child never returns from here."""
+        self._beat()
+        pid = os.fork()
+        if not pid:
+            self._become_dispatcher()
+        return pid, os.pidfd_open(pid)
 
     def _become_dispatcher(self) -> None:
         status = 1
         try:
             util._setproctitle("replica dispatcher")
-            Dispatcher(self._frame(), self._wishes, self._journal).run()
-            status = 0
+            if self._replica_page.claim():
+                Dispatcher(self._frame(), self._wishes, self._journal).run()
+                status = 0
         except BaseException:
             self._journal.exception("The dispatcher failed")
         finally:
@@ -149,6 +166,7 @@ class Supervisor:
             self._control,
             self._page,
             self._replica_page,
+            self._load_page,
             inheritance.dispatcher_nudge,
             inheritance.master_pidfd,
             inheritance.master_pid,
@@ -163,22 +181,31 @@ class Supervisor:
         now = time.monotonic()
         slept, self._watched = now - self._watched, now
         if slept < 2 * TURN and now - self._replica_page.read().beat > HUNG:
-            self._journal.error("The dispatcher (pid %d) hangs: killing it", self._child)
-            os.kill(self._child, signal.SIGKILL)
+            self._journal.error("The dispatcher (pid %d) hangs: killing it", self._pid)
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
     def _on_death(self) -> None:
         """The dispatcher has ended: well, and so do we, or not, and there is another."""
-        _, status = os.waitpid(self._child, 0)
-        code = os.waitstatus_to_exitcode(status)
-        if code == 0 or self._orphaned:
-            sys.exit(code != 0)
+        code = self._reap()
         self._poll.unregister(self._pidfd)
         os.close(self._pidfd)
-        self._journal.error("The dispatcher (pid %d) died (%s): restarting it", self._child, code)
-        if code > 0 and time.monotonic() - self._born < SHORT_LIFE:
-            time.sleep(PAUSE)
+        if self._replica_page.read().beat != math.inf:
+            if self._orphaned:
+                sys.exit(1)
+            self._journal.error("The dispatcher (pid %d) died (%s): restarting it", self._pid, code)
+            if code > 0 and time.monotonic() - self._born < SHORT_LIFE:
+                time.sleep(PAUSE)
         self._read_page()
-        self._fork()
+        self._start()
+
+    def _reap(self) -> int:
+        """Its exit code; 0 if it was a child of the supervisor before us, and nobody knows."""
+        try:
+            _, status = os.waitpid(self._pid, 0)
+        except ChildProcessError:
+            return 0
+        return os.waitstatus_to_exitcode(status)
 
     def _on_nudge(self) -> None:
         os.eventfd_read(self._inheritance.supervisor_nudge)

@@ -1,4 +1,4 @@
-"""gunicorn's worker class: a process with t slots, and an attendant beside them.
+"""gunicorn's worker classes: a process with t slots, and an attendant beside them.
 
 With t > 1 and exempt paths there is one slot more: they are all alike, and the dispatcher sees
 to it that never more than t requests run that are not exempt.
@@ -6,15 +6,17 @@ to it that never more than t requests run that are not exempt.
 The attendant watches over what is not a request: gunicorn's heartbeat, signals, the master,
 the dispatcher (registration.py). With t = 1 the slot is the main thread, so that the app
 sees one thread only, and the attendant is a thread beside it that runs no code of the app.
-With t > 1 the attendant is the main thread.
+With t > 1 the attendant is the main thread. In gevent mode (gevent_worker.py) all slots are
+in the main thread, and the attendant is beside it.
 
     attendant                         slots
     comes to a dispatcher        ->   take the channel, send FREE, take jobs
     dispatcher dies              ->   the channel ends; wait for the next one
     TERM, parent gone: LEAVING        LEAVE: finish, and end
 
-Shared between them, under `_change`: `_channel` (None while there is no dispatcher) and
-`serving` (True until the process is dismissed, or has given up waiting for that).
+Shared between them: `_channel` (None while there is no dispatcher) and `serving` (True until
+the process is dismissed, or has given up waiting for that). ThreadWorker guards them with
+`_change`; in gevent mode only the main thread writes `_channel`.
 """
 
 from __future__ import annotations
@@ -31,30 +33,34 @@ from typing import Any
 from gunicorn.workers.base import Worker
 
 from . import hook
-from .channel import LEAVING, Adopt, Register, send_adopt
+from .channel import LEAVING, Adopt, ProcessEnd, Register, send_adopt
+from .client_socket import ClientSocket
 from .exchange import Settled
+from .loading import Loading
 from .pages import Cells
 from .registration import Registration
 from .slot import Slot
 
 ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispatcher to say when
 TURN = 1.0  # seconds between two heartbeats at most
+LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
 
 
-class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
-    """The worker class of thread mode."""
+class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
+    """What the worker classes of both modes have in common."""
+
+    client_socket = ClientSocket
+    turn = TURN
+    may_have_extra = False  # a slot for exempt requests
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         self.alive: bool
         self.serving = True
-        self._change = threading.Condition()
-        self._channel: socket.socket | None = None
+        self._channel: ProcessEnd | None = None
         self._leaving_since: float | None = None
         self._dismissed_at: float | None = None
         self._working = 0
-        self._busy_with: dict[int, bool] = {}
-        self._busy_since = 0.0
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
@@ -71,14 +77,32 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 "`from replica_plugin.conf import *`, and leave check_config to its worker class."
             )
             sys.exit(3)
+        self._master = master
         self._replica_page = master.replica_page
         self._response_buffer = master.settings.response_buffer
         self._response_buffer_total = master.settings.response_buffer_total
-        self._extra = int(self.cfg.threads > 1 and bool(master.settings.exempt))
+        wants_extra = self.may_have_extra and self.cfg.threads > 1 and master.settings.exempt
+        self._extra = int(bool(wants_extra))
         self._control = master.offer_socket()
         master.in_worker()
         self.sockets: list[Any] = []
         super().init_process()
+
+    def load_wsgi(self) -> None:
+        """Load the app; however long that takes, and whether or not it holds the GIL."""
+        far = time.monotonic() + LOAD_TIME
+        os.utime(self.tmp.fileno(), (far, far))
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to finish yet
+        if not self.alive:
+            sys.exit(0)
+        master = self._master
+        loading = Loading(self, master.load_page, master.page, master.replica_page)
+        staggered = master.settings.stagger_init and not self.cfg.preload_app
+        loading.run(super().load_wsgi, staggered)
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else the app wants it
+            signal.signal(signal.SIGTERM, self.handle_exit)
+            signal.siginterrupt(signal.SIGTERM, False)
+        self.notify()
 
     def run(self) -> None:
         """Serve until dismissed."""
@@ -93,47 +117,44 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
 
+    # What each mode does in its own way.
+
     def _serve(self, slots: list[Slot]) -> None:
-        if len(slots) == 1:
-            threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
-            self._run_slot(slots[0])
-            return
-        for index, slot in enumerate(slots):
-            name = f"replica-slot-{index}"
-            threading.Thread(target=self._run_slot, args=(slot,), name=name, daemon=True).start()
-        self._attend()
+        """Run the slots, and the attendant beside them, until all slots have ended."""
+        raise NotImplementedError
 
-    def _run_slot(self, slot: Slot) -> None:
-        try:
-            slot.run()
-        except Exception:
-            self.log.exception("A slot failed")
-        finally:
-            with self._change:
-                self._working -= 1
-            self._wake_attendant()
+    def _found(self, sock: socket.socket) -> None:
+        """A dispatcher has taken our channel."""
+        raise NotImplementedError
 
-    # What slots ask (slot.Process), and the registration.
+    def _on_death(self, sock: socket.socket) -> None:
+        """The dispatcher at the other end of our channel is dead."""
+        raise NotImplementedError
 
-    def await_channel(self) -> socket.socket | None:
+    def _end(self) -> None:
+        """No slot takes another request."""
+        raise NotImplementedError
+
+    def _is_stuck(self) -> bool:
+        """Whether gunicorn's `timeout` has passed for the process."""
+        raise NotImplementedError
+
+    # What slots ask (slot.Process).
+
+    def await_channel(self) -> ProcessEnd | None:
         """The channel to take from, once there is one; None when there will be none."""
-        with self._change:
-            while self.serving and self._channel is None:
-                self._change.wait(TURN)
-            return self._channel if self.serving else None
+        raise NotImplementedError
 
-    def dismissed(self, channel: socket.socket) -> None:
+    def lost(self, channel: ProcessEnd) -> None:
+        """This channel has come to an end; its dispatcher is dead."""
+        raise NotImplementedError
+
+    def dismissed(self, channel: ProcessEnd) -> None:
         """A slot was told LEAVE: nothing lies behind it on the channel, all slots may end."""
         self._dismissed_at = time.monotonic()
         self._end()
         with suppress(OSError):  # the dispatcher was faster
-            channel.shutdown(socket.SHUT_RD)
-
-    def lost(self, channel: socket.socket) -> None:
-        """This channel has come to an end; its dispatcher is dead."""
-        with self._change:
-            if self._channel is channel:
-                self._channel = None
+            channel.sock.shutdown(socket.SHUT_RD)
 
     def offer(self, adopt: Adopt, sock: socket.socket) -> None:
         """Offer a connection to whichever dispatcher comes; if that is not possible it ends."""
@@ -183,12 +204,12 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     def _attend(self) -> None:
         """Watch until no slot is left, or the time of a dismissed process is over."""
         registration = Registration(
-            self._control, self._cells.fd, self.log, self._describe, self._found, self.lost
+            self._control, self._cells.fd, self.log, self._describe, self._found, self._on_death
         )
         registration.watch(self.PIPE[0])
         while self._working:
             self._beat()
-            registration.wait(min(TURN, self.timeout or TURN))
+            registration.wait(min(self.turn, self.timeout or TURN))
             self._read_signals()
             if not self.alive or self.ppid != os.getppid():
                 self._leave()
@@ -219,19 +240,9 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             self.alive = False
 
     def _beat(self) -> None:
-        """Tell gunicorn that we live: with t = 1, unless a request is older than `timeout`.
-
-        So `timeout` protects from a stuck request with t = 1, as it does in the sync worker;
-        with t > 1 it watches the process, as it does in gthread.
-        """
-        if self.cfg.threads > 1 or not self._is_stuck():
+        """Tell gunicorn that we live."""
+        if not self._is_stuck():
             self.notify()
-
-    def _is_stuck(self) -> bool:
-        now, busy = time.monotonic(), self._cells.begun()
-        if not busy or busy.keys() != self._busy_with.keys():
-            self._busy_with, self._busy_since = busy, now
-        return bool(0 < self.cfg.timeout < now - self._busy_since)
 
     def _is_overdue(self) -> bool:
         since = self._dismissed_at
@@ -255,13 +266,7 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         channel = self._channel
         if channel is not None:
             with suppress(OSError):  # the dispatcher died: the next one reads it in the offer
-                channel.send(LEAVING, socket.MSG_NOSIGNAL)
-
-    def _end(self) -> None:
-        """No slot takes another request."""
-        with self._change:
-            self.serving = False
-            self._change.notify_all()
+                channel.sock.send(LEAVING, socket.MSG_NOSIGNAL)
 
     # What the registration asks and tells.
 
@@ -269,9 +274,74 @@ class ThreadWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         leaving = self._leaving_since is not None
         return Register(os.getpid(), self.age, self.cfg.threads, again, leaving, self._extra)
 
-    def _found(self, channel: socket.socket) -> None:
+
+class ThreadWorker(ReplicaWorker):
+    """The worker class of thread mode."""
+
+    may_have_extra = True
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._change = threading.Condition()
+        self._busy_with: dict[int, bool] = {}
+        self._busy_since = 0.0
+
+    def _serve(self, slots: list[Slot]) -> None:
+        if len(slots) == 1:
+            threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
+            self._run_slot(slots[0])
+            return
+        for index, slot in enumerate(slots):
+            name = f"replica-slot-{index}"
+            threading.Thread(target=self._run_slot, args=(slot,), name=name, daemon=True).start()
+        self._attend()
+
+    def _run_slot(self, slot: Slot) -> None:
+        try:
+            slot.run()
+        except Exception:
+            self.log.exception("A slot failed")
+        finally:
+            with self._change:
+                self._working -= 1
+            self._wake_attendant()
+
+    def await_channel(self) -> ProcessEnd | None:
         with self._change:
-            self._channel = channel
+            while self.serving and self._channel is None:
+                self._change.wait(TURN)
+            return self._channel if self.serving else None
+
+    def lost(self, channel: ProcessEnd) -> None:
+        with self._change:
+            if self._channel is channel:
+                self._channel = None
+
+    def _found(self, sock: socket.socket) -> None:
+        with self._change:
+            self._channel = ProcessEnd(sock)
             self._change.notify_all()
         if self._leaving_since is not None:
             self._say_leaving()
+
+    def _on_death(self, sock: socket.socket) -> None:
+        with self._change:
+            self._channel = None
+
+    def _end(self) -> None:
+        with self._change:
+            self.serving = False
+            self._change.notify_all()
+
+    def _is_stuck(self) -> bool:
+        """With t = 1, whether a request is older than `timeout`.
+
+        So `timeout` protects from a stuck request with t = 1, as it does in the sync worker;
+        with t > 1 it watches the process, as it does in gthread.
+        """
+        if self.cfg.threads > 1:
+            return False
+        now, busy = time.monotonic(), self._cells.begun()
+        if not busy or busy.keys() != self._busy_with.keys():
+            self._busy_with, self._busy_since = busy, now
+        return bool(0 < self.cfg.timeout < now - self._busy_since)

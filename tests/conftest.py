@@ -19,8 +19,9 @@ Start = Callable[..., Server]
 class Starter:
     """Starts servers with a stage of their own, and stops them."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, mode: str) -> None:
         self._folder = folder
+        self.mode = mode
         self.stage = Stage(folder)
         self.servers: list[Server] = []
         self._ended: list[Ended] = []
@@ -29,6 +30,8 @@ class Starter:
         folder = self._folder / f"server{len(self.servers)}"
         folder.mkdir()
         env = {**self.environment, **options.pop("env", {})}
+        if self.mode != "thread":
+            options = {"mode": self.mode, "config": {}, **options}
         kind = options.pop("kind", Server)
         server = kind(folder, *arguments, env=env, **options)
         self.servers.append(server)
@@ -39,7 +42,7 @@ class Starter:
         for server in self.servers:
             if server.process.poll() is None:
                 try:
-                    server.stop()
+                    server.stop(signal.SIGQUIT)
                 except BaseException:
                     server.kill()
                     raise
@@ -78,10 +81,16 @@ class Starter:
         return self._ended[-1]
 
 
+@pytest.fixture(scope="module")
+def mode(request: pytest.FixtureRequest) -> str:
+    """The mode of the servers of `start`: what server.IN_BOTH_MODES says, or thread."""
+    return str(getattr(request, "param", "thread"))
+
+
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Starter]:
+def start(tmp_path: Path, mode: str) -> Iterator[Starter]:
     """Start servers for one test: `start("--keep-alive", "5", config={...})`."""
-    starter = Starter(tmp_path)
+    starter = Starter(tmp_path, mode)
     yield starter
     starter.close()
 
@@ -93,9 +102,9 @@ def stage(start: Starter) -> Stage:
 
 
 @pytest.fixture(scope="module")
-def module_start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Starter]:
+def module_start(tmp_path_factory: pytest.TempPathFactory, mode: str) -> Iterator[Starter]:
     """Start servers that the tests of a module share."""
-    starter = Starter(tmp_path_factory.mktemp("servers"))
+    starter = Starter(tmp_path_factory.mktemp("servers"), mode)
     yield starter
     starter.close()
 

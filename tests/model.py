@@ -36,6 +36,7 @@ class Known:
     leaving: bool = False
     dismissed: bool = False
     blocked: bool = False
+    stalled: bool = False
     last_sent: int = 0
     extra: int = 0
     exempt: set[int] = field(default_factory=set)  # of what was sent
@@ -60,6 +61,7 @@ class Model:
     def __init__(self, rules: Rules, was_ready: bool = False) -> None:
         self.rules = rules
         self.live: frozenset[int] = frozenset()
+        self.failed = 0
         self.waiting: list[int] = []
         self.exempt: list[int] = []  # those that wait
         self.exempts: set[int] = set()  # all there ever were
@@ -68,6 +70,7 @@ class Model:
         self.processes: dict[int, Known] = {}
         self.stopping = False
         self.drained = False
+        self.given_up = False
         self.was_ready = was_ready
         self.sends = 0
         self.spared = 0
@@ -77,6 +80,10 @@ class Model:
     def ready(self, request, now, patience, exempt, actions):
         self.ready_at[request] = now
         self.patience[request] = patience
+        if self.given_up:
+            assert actions == [Refuse(request, Why.STOPPING)], "P7: nothing starts at the very end"
+            self.exempts |= {request} if exempt else set()
+            return
         if exempt:
             self.exempts.add(request)
             if len(self.exempt) >= EXEMPT_QUEUE:
@@ -124,14 +131,24 @@ class Model:
         self._judge(actions)
 
     def unsent(self, age, request, now, actions):
-        process = self.processes[age]
-        process.forget(request)
-        process.blocked = True
-        self._wait_again({request})
-        self._judge(actions)
+        self.processes[age].blocked = True
+        self.returned(age, request, now, actions)
 
     def sendable(self, age, now, actions):
         self.processes[age].blocked = False
+        self._judge(actions)
+
+    def stalled(self, age, actions):
+        assert actions is None
+        self.processes[age].stalled = True
+
+    def turning(self, age, now, actions):
+        self.processes[age].stalled = False
+        self._judge(actions)
+
+    def returned(self, age, request, now, actions):
+        self.processes[age].forget(request)
+        self._wait_again({request})
         self._judge(actions)
 
     def leaving(self, age, actions):
@@ -145,14 +162,19 @@ class Model:
         self._wait_again(dead.sent & unread)
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
-    def ruled(self, rules, live, now, actions):
+    def ruled(self, rules, live, now, failed, actions):
         self.rules = rules
         self.live = frozenset(live)
+        self.failed = failed
         self._judge(actions)
 
     def stop(self, actions):
         assert actions is None
         self.stopping = True
+
+    def resume(self, now, actions):
+        self.stopping = self.drained = False
+        self._judge(actions)
 
     def drain(self, actions):
         self.drained = True
@@ -167,6 +189,7 @@ class Model:
         self._judge(actions[len(due) :])
 
     def give_up(self, actions):
+        self.given_up = True
         assert actions == [Refuse(each, Why.STOPPING) for each in self.exempt + self.waiting]
         self.waiting, self.exempt = [], []
 
@@ -237,6 +260,7 @@ class Model:
             assert self.drained, "P7: in a stop processes stay until nothing is left"
         elif len(self.present()) <= self.rules.processes:  # one less is one too few
             assert not self.loading(), "P7: not below p while a successor loads"
+            assert not (self.failed and self.cannot_load()), "P7: not below p while none can load"
             assert len(self.present()) == self.rules.processes, "P7: one at a time"
         process.dismissed = True
 
@@ -260,7 +284,8 @@ class Model:
         return len(self.waiting) + sum(each.in_flight() for each in self.processes.values())
 
     def credited(self):
-        return [each for each in self.usable() if each.credits and not each.blocked]
+        willing = [p for p in self.usable() if not p.blocked and not p.stalled]
+        return [each for each in willing if each.credits]
 
     def able(self):
         """Who may be sent a request that counts."""
@@ -275,6 +300,9 @@ class Model:
         """Processes that the master has, and that have not registered with us."""
         registered = {each.age for each in self.processes.values() if each.registered}
         return self.live - registered
+
+    def cannot_load(self):
+        return all(each.age < self.failed for each in self.processes.values() if each.registered)
 
     def _expiry(self, request):
         timeout = math.inf if self.rules.queue_timeout is None else self.rules.queue_timeout
@@ -299,6 +327,7 @@ class Model:
         assert decisions.in_flight == self.in_flight()
         assert decisions.usable == len(self.usable())
         assert decisions.booting == bool(self.loading())
+        assert decisions.cannot_load == bool(self.failed and self.cannot_load())
         assert decisions.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.is_ready == ready

@@ -20,13 +20,13 @@ def claim(environ, start_response, name):
     served_app.hold(environ, lambda *_: None, name)
     (request,) = worker()._cells.begun()
     for number in range(request + 1, request + 5):
-        worker()._channel.send(Report(Kind.DONE, number, End.ABORT).encode())
+        worker()._channel.tell(Report(Kind.DONE, number, End.ABORT).encode())
     return served_app.hello(environ, start_response, name)
 
 
 def nonsense(environ, start_response, code):
     """Say these bytes to the dispatcher, and never answer."""
-    worker()._channel.send(bytes.fromhex(code))
+    worker()._channel.tell(bytes.fromhex(code))
     signal.pause()
 
 

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-HOME = threading.get_ident()  # the thread that imports the app
+HOME = threading.get_native_id()  # the thread that imports the app; gevent's have none of these
 _lock = threading.Lock()
 _now = 0
 _high = 0
@@ -60,14 +60,30 @@ def hold(environ, start_response, name):
 
 
 def who(environ, name):
-    thread = threading.get_ident()
+    thread = threading.get_native_id()
     return {
         "name": name,
         "pid": os.getpid(),
         "thread": thread,
-        "main": thread == HOME == threading.main_thread().ident,
+        "main": thread == HOME == os.getpid(),
         "waited": str(environ.get("replica_plugin.waited", "")),
     }
+
+
+def freeze(environ, start_response, name):
+    """As hold, but gevent's patch does not reach it: it keeps the whole thread."""
+    import _socket
+
+    link = _socket.socket(socket.AF_UNIX)
+    link.connect(os.environ["STAGE"])
+    link.sendall((json.dumps(who(environ, name)) + "\n").encode())
+    link.recv(1)
+    link.close()
+    return as_json(start_response, who(environ, name))
+
+
+def modules(environ, start_response, rest):
+    return as_json(start_response, sorted(sys.modules))
 
 
 def numbers(environ, start_response, rest):
@@ -98,6 +114,14 @@ def burn(environ, start_response, millions):
     sum(range(int(millions) * 1_000_000))
     value = who(environ, "") | {"began": began, "ended": time.monotonic()}
     return as_json(start_response, value)
+
+
+def grip(environ, start_response, seconds):
+    """Keep the GIL for so long, and use no CPU."""
+    import ctypes
+
+    ctypes.PyDLL(None).usleep(int(float(seconds) * 1e6))
+    return as_json(start_response, who(environ, ""))
 
 
 def echo(environ, start_response, rest):
@@ -223,12 +247,15 @@ HANDLERS = {
     "fail": fail,
     "fail-late": fail_late,
     "file": file,
+    "freeze": freeze,
+    "grip": grip,
     "held-large": held_large,
     "hello": hello,
     "hold": hold,
     "ignore": ignore,
     "large": large,
     "leave": leave,
+    "modules": modules,
     "numbers": numbers,
     "oserror": oserror,
     "partly": partly,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from stage import PATIENCE
 
@@ -29,6 +30,9 @@ TESTS = Path(__file__).parent
 GUNICORN = (sys.executable, "-m", "gunicorn")
 OURS = ("-c", "python:replica_plugin.conf")
 STOCK = ("-k", "gthread")
+STOCK_GEVENT = ("-k", "gevent")
+IN_BOTH_MODES = pytest.mark.parametrize("mode", ["thread", "gevent"], indirect=True, scope="module")
+"""For a module, as its pytestmark, whose servers promise the same whatever a slot is."""
 BOTH = ("127.0.0.1:0", "unix:sock")
 """Binds of a server that is reached over TCP (0) and over a Unix socket (1)."""
 
@@ -75,9 +79,12 @@ class Server:
         files: Mapping[str, str] | None = None,
         command: tuple[str, ...] = GUNICORN,
         listening_in: str | None = None,
+        mode: str = "thread",
         **popen: Any,
     ) -> None:
         self.folder = folder
+        self.mode = mode
+        self._numbers: ReplicaPage | None = None
         write_files(folder, files or {})
         self.log_path = folder / "log"
         if config is not None:
@@ -101,7 +108,8 @@ class Server:
             raise
 
     def write_config(self, config: Mapping[str, Any]) -> None:
-        (self.folder / "replica.yaml").write_text(yaml.safe_dump(dict(config)))
+        mode = {} if self.mode == "thread" else {"mode": self.mode}
+        (self.folder / "replica.yaml").write_text(yaml.safe_dump({**mode, **config}))
 
     # What it says.
 
@@ -196,7 +204,8 @@ class Server:
 
     @property
     def dispatcher(self) -> int:
-        return int(wait_for(lambda: self.children(self.supervisor), "dispatcher")[0])
+        """The process that holds the lock of the replica's page; a child of a supervisor."""
+        return int(wait_for(self._page().find_living, "dispatcher")[0])
 
     @property
     def workers(self) -> list[int]:
@@ -204,14 +213,20 @@ class Server:
 
     def numbers(self) -> Numbers:
         """The replica in numbers, as its dispatcher last wrote them."""
-        for link in Path(f"/proc/{self.supervisor}/fd").iterdir():
-            if "memfd:replica-numbers" in os.readlink(link):
-                fd = os.open(link, os.O_RDWR)
-                try:
-                    return ReplicaPage(fd).read()
-                finally:
-                    os.close(fd)
-        raise AssertionError("no page of numbers")
+        return self._page().read()
+
+    def _page(self) -> ReplicaPage:
+        """The replica's page, which the master holds from `when_ready` on."""
+        if self._numbers is None:
+            self._numbers = ReplicaPage(wait_for(self._find_page, "the replica's page"))
+        return self._numbers
+
+    def _find_page(self) -> int | None:
+        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
+            with suppress(OSError):
+                if "memfd:replica-numbers" in os.readlink(link):
+                    return os.open(link, os.O_RDWR)
+        return None
 
     def wait_numbers(self, **wanted: int) -> None:
         """Wait until these numbers are so: `waiting=3, running=4`."""
@@ -392,7 +407,9 @@ class Client:
 
     def is_readable(self) -> bool:
         """Whether something lies there now: bytes, or the end."""
-        return bool(select.select([self.sock], [], [], 0)[0])
+        poll = select.poll()
+        poll.register(self.sock, select.POLLIN)
+        return bool(poll.poll(0))
 
     def reset(self) -> None:
         """Leave without a good-bye."""

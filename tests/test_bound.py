@@ -8,8 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from server import BOTH, Client, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Client, Server, wait_for
 from stage import Actor, Stage
+
+pytestmark = IN_BOTH_MODES
 
 FULL = (
     "The replica is full: 10 requests are in flight, "
@@ -244,8 +246,8 @@ def test_a_dry_run_admits_all_and_tells_how_many_would_have_been_refused(start, 
 
 
 def test_what_a_dry_run_counts_outlives_the_dispatcher(start, stage_of_start):
-    server = start(config=config(4, overload_dry_run=True))
-    clients, actors = fill(server, stage_of_start, 0, count=5)
+    server = start(config=config(5, overload_dry_run=True))
+    clients, actors = fill(server, stage_of_start, 0, count=6)
     assert server.numbers().spared == 1
     before = server.dispatcher
     server.tell(signal.SIGKILL, before)

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import pytest
 
 from replica_plugin.channel import Adopt
-from replica_plugin.clients import LAST_CALL, Clients
+from replica_plugin.clients import Clients
 from replica_plugin.connection import Connection, State
 from replica_plugin.rules import Serving
 
+LAST_CALL = 1.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
 
 
@@ -58,7 +59,7 @@ def test_a_request_that_came_unseen_before_keepalive_ended_is_served(idle):
 
 
 def test_a_request_that_came_unseen_before_the_last_call_of_a_stop_is_served(idle):
-    idle.clients.stop(0.0)
+    idle.clients.stop(0.0, LAST_CALL, False)
     idle.client.sendall(REQUEST)
     idle.clients.tick(LAST_CALL)
     idle.clients.on_event(idle.conn, select.EPOLLIN, LAST_CALL)

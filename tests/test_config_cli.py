@@ -107,6 +107,10 @@ def test_check_shows_the_settings_and_what_they_mean(
         "send_timeout                30s     default\n"
         "probes                      /-/     default\n"
         "exempt                      []      default\n"
+        "ready_file                  none    default\n"
+        "drain_delay                 0s      default\n"
+        "stagger_init                true    default\n"
+        "preload                     false   default\n"
         "\n"
         "note: environment: REPLICA_ID: no key of replica-plugin, ignored\n"
         "4 requests at a time, up to 1020 waiting\n"
@@ -141,7 +145,7 @@ def test_check_says_that_there_is_no_file(capsys: Output) -> None:
 def test_check_tells_the_problems_on_stderr(capsys: Output) -> None:
     Path("replica.yaml").write_text("mode: x\n")
     assert main(["check"]) == 2
-    assert capsys.readouterr() == ("", 'replica.yaml:1: mode: must be thread (got "x")\n')
+    assert capsys.readouterr() == ("", 'replica.yaml:1: mode: must be thread or gevent (got "x")\n')
 
 
 def test_check_tells_the_settings_to_programs(capsys: Output) -> None:

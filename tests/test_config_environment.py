@@ -82,7 +82,7 @@ def test_another_name_may_be_somebody_elses_and_is_noted(name: str) -> None:
 def test_problems_of_file_and_environment_are_told_together() -> None:
     Path("replica.yaml").write_text("mode: x\n")
     assert refusal({"REPLICA_PROBES": "on", "REPLICA_CONFIGS": "y"}) == (
-        'replica.yaml:1: mode: must be thread (got "x")\n'
+        'replica.yaml:1: mode: must be thread or gevent (got "x")\n'
         "environment: REPLICA_CONFIGS: unknown variable; did you mean REPLICA_CONFIG?\n"
         'environment: REPLICA_PROBES: must be true, false, or a path that starts and ends with "/" '
         "(got on); write true"
@@ -92,7 +92,8 @@ def test_problems_of_file_and_environment_are_told_together() -> None:
 def test_problems_of_an_unreadable_file_and_of_the_environment_are_told_together() -> None:
     Path("replica.yaml").mkdir()
     assert refusal({"REPLICA_MODE": "x"}) == (
-        'replica.yaml: must be a regular file\nenvironment: REPLICA_MODE: must be thread (got "x")'
+        "replica.yaml: must be a regular file\n"
+        'environment: REPLICA_MODE: must be thread or gevent (got "x")'
     )
 
 

@@ -91,7 +91,7 @@ def test_the_rule_across_keys_rests_while_one_of_them_is_bad() -> None:
 
 def test_the_rule_across_keys_is_told_beside_other_problems() -> None:
     assert refusal("target_replica_concurrency: 2000\nmode: x\n") == (
-        'replica.yaml:2: mode: must be thread (got "x")\n'
+        'replica.yaml:2: mode: must be thread or gevent (got "x")\n'
         "replica.yaml:1: target_replica_concurrency: must be less than or equal to "
         "max_replica_concurrency, 1024 (got 2000); lower it or raise max_replica_concurrency"
     )

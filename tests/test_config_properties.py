@@ -38,16 +38,19 @@ def any_settings(draw: st.DrawFn) -> Settings:
         receive_timeout=draw(seconds),
         send_timeout=draw(seconds),
         probes=draw(st.none() | prefixes),
+        ready_file=draw(st.none() | st.from_regex(r"/[a-z]+(/[a-z]+)?", fullmatch=True)),
+        drain_delay=draw(st.just(0.0) | seconds),
+        stagger_init=draw(st.booleans()),
+        preload=draw(st.booleans()),
     )
 
 
 def written(settings: Settings) -> dict[str, str]:
     """The settings key by key, without those that cannot be written, as they mean none."""
     values = {key.name: getattr(settings, key.name) for key in supported()}
-    if settings.queue_timeout is None:
-        del values["queue_timeout"]
-    if not settings.exempt:
-        del values["exempt"]
+    for key in ("queue_timeout", "ready_file", "exempt"):
+        if values[key] in (None, ()):
+            del values[key]
     return {key: show(key, value) for key, value in values.items()}
 
 

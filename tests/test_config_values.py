@@ -224,10 +224,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
         ("request_timeout", "5s", '"5s"'),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),
         ("admin_bind", "unix:/run/admin.sock", '"unix:/run/admin.sock"'),
-        ("ready_file", "ready", '"ready"'),
-        ("drain_delay", "0", "0"),
-        ("stagger_init", "true", "true"),
-        ("preload", "false", "false"),
     ],
 )
 def test_a_key_that_does_nothing_yet_takes_no_value(key: str, value: str, seen: str) -> None:
@@ -258,9 +254,5 @@ def test_a_key_that_does_nothing_yet_has_its_rule(key: str, value: str, message:
     assert refusal(key, value) == message
 
 
-def test_gevent_mode_is_not_supported_yet() -> None:
-    assert refusal("mode", "gevent") == "gevent is not supported yet; write thread"
-
-
 def test_an_unknown_mode_is_refused() -> None:
-    assert refusal("mode", "process") == 'must be thread (got "process")'
+    assert refusal("mode", "process") == 'must be thread or gevent (got "process")'

@@ -161,7 +161,7 @@ def test_a_byte_order_mark_and_windows_line_ends_are_fine() -> None:
 def test_problems_of_keys_and_of_values_are_told_together() -> None:
     assert refusal("1: 2\nmode: x\n") == (
         "replica.yaml:1: a key must be text (got 1); put it in quotes\n"
-        'replica.yaml:2: mode: must be thread (got "x")'
+        'replica.yaml:2: mode: must be thread or gevent (got "x")'
     )
 
 

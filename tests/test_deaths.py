@@ -7,8 +7,10 @@ import os
 import signal
 
 import pytest
-from server import BOTH, Client, Load, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Client, Load, Server, wait_for
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
@@ -124,7 +126,7 @@ def test_processes_killed_one_after_another_leave_nothing_adrift(start, stage):
         for _ in range(8):
             load.go_on(50)
             load.failures.clear()
-            server.tell(KILL, server.workers[0])
+            server.tell(KILL, wait_for(lambda: server.workers, "a process")[0])
         load.go_on(50)
         load.failures.clear()
         server.wait_numbers(processes=2)
@@ -159,7 +161,7 @@ def test_a_killed_dispatcher_costs_nothing_that_runs_and_the_cap_holds(start, st
 def kill_dispatcher(server: Server) -> None:
     old = server.dispatcher
     server.tell(KILL, old)
-    wait_for(lambda: server.children(server.supervisor) not in ([], [old]), "the next dispatcher")
+    wait_for(lambda: server.dispatcher != old, "the next dispatcher")
 
 
 def test_dispatcher_and_process_killed_together_leave_nothing_adrift(start, stage, which):
@@ -216,6 +218,67 @@ def test_without_its_supervisor_a_replica_serves_and_stops(start, stage, which):
     assert [client.reply().status for client in clients] == [200] * 4
     assert server.stop() == 0
     wait_for(lambda: not os.path.exists(f"/proc/{dispatcher}"), "the dispatcher's end")
+
+
+GONE = r"The supervisor \(pid {}\) is gone: the replica serves on, but a dispatcher that"
+
+
+def kill_supervisor(server: Server) -> None:
+    supervisor = server.supervisor
+    server.tell(KILL, supervisor)
+    server.wait_log(GONE.format(supervisor))
+
+
+def bring_by_hup(server: Server) -> None:
+    server.tell(signal.SIGHUP)
+
+
+def bring_by_a_new_process(server: Server) -> None:
+    server.tell(signal.SIGTTIN)
+
+
+@pytest.mark.parametrize("bring", [bring_by_hup, bring_by_a_new_process])
+def test_a_new_supervisor_watches_over_the_dispatcher_that_lives(start, stage, bring):
+    server = start(config=TWO)
+    clients = hold(server, 0, 4)
+    actors = stage.take(4)
+    dispatcher = server.dispatcher
+    for n in (1, 2):  # the second supervisor finds a dispatcher that was not its child either
+        kill_supervisor(server)
+        bring(server)
+        server.wait_log(rf"Watching over the dispatcher \(pid {dispatcher}\) that is there", n)
+        assert server.dispatcher == dispatcher
+    kill_dispatcher(server)
+    server.wait_log(rf"The dispatcher \(pid {dispatcher}\) died \(0\): restarting it")
+    for actor in actors:
+        actor.finish()
+    for client in clients:
+        client.close()
+    assert server.get("/hello").status == 200
+    assert server.stop() == 0
+
+
+def test_supervisor_and_dispatcher_killed_together_come_back_with_the_next_process(start, stage):
+    server = start(config=TWO)
+    old = server.dispatcher
+    server.tell(KILL, server.supervisor)
+    server.tell(KILL, old)
+    server.tell(KILL, server.workers[0])
+    wait_for(lambda: server.dispatcher != old, "another dispatcher")
+    holds_all_slots(server, stage, 0)
+
+
+@pytest.mark.slow
+def test_a_dispatcher_that_hangs_is_replaced_by_a_supervisor_that_came_later(start, stage):
+    server = start(config=TWO)
+    kill_supervisor(server)
+    old = server.dispatcher
+    server.tell(STOP, old)
+    server.tell(signal.SIGTERM, server.workers[0])
+    server.tell(KILL, server.workers[1])
+    server.wait_log(rf"The dispatcher \(pid {old}\) hangs: killing it")
+    wait_for(lambda: server.dispatcher != old, "another dispatcher")
+    holds_all_slots(server, stage, 0)
 
 
 def test_without_their_master_processes_and_helpers_finish_and_end(start, stage, which):

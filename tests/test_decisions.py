@@ -171,6 +171,29 @@ def test_a_message_that_does_not_fit_goes_elsewhere_until_there_is_room():
     assert decisions.sendable(2, 0.0) == [Send(3, 2)]
 
 
+def test_a_stalled_process_is_sent_nothing_until_it_turns_again():
+    decisions = replica(2, 2)
+    decisions.stalled(2)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1)]
+    assert decisions.turning(2, 0.0) == [Send(3, 2)]
+
+
+def test_what_a_stalled_process_gives_back_goes_elsewhere_at_once_or_to_the_head():
+    decisions = replica(2, 2)
+    assert arrive(decisions, 1, 2, 3, 4, 5) == [Send(1, 2), Send(2, 1), Send(3, 2), Send(4, 1)]
+    decisions.stalled(2)
+    assert decisions.returned(2, 3, 0.0) == []
+    assert list(decisions.waiting) == [3, 5]
+    assert decisions.done(1, 2, 0.0) == [Send(3, 1)]
+    assert decisions.running == 3
+
+
+def test_a_stalled_process_is_usable_and_ready_all_the_same():
+    decisions = replica(1, 1)
+    decisions.stalled(1)
+    assert decisions.is_ready and decisions.is_healthy
+
+
 def test_after_a_restart_all_slots_count_as_busy_until_they_report():
     decisions = Decisions(Rules(2, 2))
     decisions.expected(1, 2)
@@ -361,6 +384,48 @@ def test_retry_after_is_a_minute_when_nothing_has_started_or_not_for_long():
     assert decisions.retry_after(0.0) == 60
     arrive(decisions, 1, 2)
     assert decisions.retry_after(1000.0) == 60
+
+
+# An app that cannot be loaded.
+
+
+def test_nobody_is_dismissed_for_a_successor_that_could_not_load_the_app():
+    decisions = replica(2, 1)
+    decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, failed=3) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, failed=4) == []
+    assert decisions.usable == 2
+
+
+def test_those_who_stayed_leave_when_successors_can_load_again():
+    decisions = replica(2, 1)
+    decisions.ruled(Rules(2, 1), [1, 2, 5, 6], 0.0, failed=4)
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    assert join(decisions, 5, 1) == [Dismiss(1)]
+    assert join(decisions, 6, 1) == [Dismiss(2)]
+
+
+def test_one_that_could_not_load_long_ago_keeps_nobody_from_leaving():
+    decisions = replica(2, 1)
+    join(decisions, 4, 1)
+    decisions.ruled(Rules(2, 1), [2, 4], 0.0, failed=3)
+    decisions.died(1, [], 0.0)
+    assert decisions.leaving(2) == [Dismiss(2)]
+
+
+def test_after_a_pause_in_which_all_left_others_begin_what_comes():
+    decisions = replica(1, 1)
+    decisions.stop()
+    assert decisions.drain() == [Dismiss(1)]
+    decisions.died(1, [], 0.0)
+    assert decisions.resume(0.0) == []
+    assert join(decisions, 2, 1) == []
+    assert arrive(decisions, 1) == [Send(1, 2)]
+    assert decisions.is_ready
+
+
+# A bound that is tried.
 
 
 def test_a_dry_run_admits_beyond_the_bound_and_says_so():

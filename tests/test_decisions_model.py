@@ -142,6 +142,12 @@ class Histories(RuleBasedStateMachine):
         if worker.alive:
             self.world.die(worker)
 
+    @precondition(lambda self: any(each.booting for each in self.world.workers.values()))
+    @rule(pick=picks)
+    def a_process_cannot_load(self, pick: int) -> None:
+        booting = [each for each in self.world.workers.values() if each.booting]
+        self.world.fail(self._one_of(booting, pick))
+
     @precondition(lambda self: self.world.unburied)
     @rule(pick=picks, heard=st.sampled_from(["dispatcher", "master", "both", "master first"]))
     def a_death_is_noticed(self, pick: int, heard: str) -> None:
@@ -164,6 +170,22 @@ class Histories(RuleBasedStateMachine):
     def a_channel_has_room(self, pick: int) -> None:
         full = [each for each in self.world.workers.values() if each.full]
         self.world.make_room(self._one_of(full, pick))
+
+    @precondition(lambda self: self.world.workers)
+    @rule(pick=picks)
+    def a_process_stalls(self, pick: int) -> None:
+        self.world.stall(self._worker(pick))
+
+    @precondition(lambda self: self.world.workers)
+    @rule(pick=picks)
+    def a_process_gives_back_what_it_has_not_begun(self, pick: int) -> None:
+        self.world.give_back(self._worker(pick))
+
+    @precondition(lambda self: any(each.stalled for each in self.world.workers.values()))
+    @rule(pick=picks)
+    def a_process_turns_again(self, pick: int) -> None:
+        stalled = [each for each in self.world.workers.values() if each.stalled]
+        self.world.turn(self._one_of(stalled, pick))
 
     @precondition(lambda self: any(each.told for each in self.world.workers.values()))
     @rule()
@@ -236,7 +258,8 @@ class Histories(RuleBasedStateMachine):
         assert not (p and (decisions.waiting or decisions.exempt)), "P1: a request waits for ever"
         assert len(world.workers) == decisions.usable == p, "P7: one that was told to leave is here"
         assert decisions.processes.keys() == world.workers.keys()
-        assert not any(each.told for each in world.workers.values())
+        told = any(each.told for each in world.workers.values())
+        assert not told or decisions.cannot_load, "P7: one that was told to leave is here"
 
     def teardown(self) -> None:
         global events

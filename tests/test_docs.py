@@ -16,7 +16,6 @@ or the page ends: it is stopped with Ctrl-C. Port 8000 stands for a free one.
 
 from __future__ import annotations
 
-import http.client
 import re
 import shutil
 import signal
@@ -180,14 +179,14 @@ class Reader:
         self._seen += seen
 
     def _answers(self) -> bool:
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=5)
+        """Whether it answers; read to the connection's end, so that no request is left in it."""
         try:
-            connection.request("GET", "/-/readyz")
-            return connection.getresponse().status in (200, 404)
-        except (OSError, http.client.HTTPException):
+            with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
+                connection.sendall(b"GET /-/readyz HTTP/1.0\r\n\r\n")
+                answer = b"".join(iter(lambda: connection.recv(4096), b""))
+        except OSError:
             return False
-        finally:
-            connection.close()
+        return answer[8:13] in (b" 200 ", b" 404 ")
 
     def _stop_server(self) -> None:
         if self._server is not None and self._server.poll() is None:

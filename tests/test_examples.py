@@ -106,7 +106,9 @@ def test_orders_at_once_sell_what_is_there_and_no_more(example: Reader) -> None:
 
 @shop
 def test_under_flask_run_the_app_that_was_there_before_has_a_semaphore(example: Reader) -> None:
-    assert "a semaphore keeps threads_per_process (4) in each process" in example.log("flask")
+    assert "a semaphore keeps threads_per_process (4, from replica.yaml) in each" in example.log(
+        "flask"
+    )
 
 
 def test_the_app_that_was_there_before_took_two_lines() -> None:

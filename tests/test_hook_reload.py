@@ -73,10 +73,11 @@ def finish(running, actors):
 
 
 def test_lowering_the_slots_starts_nothing_while_more_are_running(start, stage):
-    server = start(config={"processes_per_replica": 2, "threads_per_process": 2})
+    at_once = {"stagger_init": False}  # else the new one would not load before an old one has gone
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 2, **at_once})
     old = [server.later(f"/hold/{n}") for n in range(4)]
     actors = stage.take(4)
-    reload(server, {"processes_per_replica": 1, "threads_per_process": 1})
+    reload(server, {"processes_per_replica": 1, "threads_per_process": 1, **at_once})
     server.wait_numbers(processes=1, slots=2 + 2 + 1)
     new = server.later("/hold/new")
     server.wait_numbers(waiting=1)

@@ -175,7 +175,7 @@ def test_looking_at_the_configuration_starts_nothing_and_leaves_nothing(start, o
 def test_check_config_tells_of_a_broken_yaml(start):
     ended = start.to_its_end("--check-config", files={"replica.yaml": "mode: x\n"})
     assert (ended.code, ended.output) == (
-        1, '\nreplica.yaml:1: mode: must be thread (got "x")\n\n',
+        1, '\nreplica.yaml:1: mode: must be thread or gevent (got "x")\n\n',
     )  # fmt: skip
 
 

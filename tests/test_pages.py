@@ -169,3 +169,15 @@ def test_cells_smaller_than_said_are_refused(new):
     with pytest.raises(ValueError, match="mmap length is greater than file size"):
         Cells(1000, cells.fd)
     cells.close()
+
+
+def test_a_slot_that_was_silenced_may_not_begin_a_response_and_one_that_began_goes_on(new):
+    cells = new(Cells(2))
+    dispatcher = Cells(2, cells.fd)
+    cells.begin(0, 7)
+    cells.begin(1, 8)
+    assert cells.answering(0)
+    dispatcher.silence()
+    assert dispatcher.begun() == {7: True, 8: False}
+    assert not cells.answering(1)
+    dispatcher.close()

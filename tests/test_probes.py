@@ -6,8 +6,10 @@ import signal
 from collections import Counter
 
 import pytest
-from server import BOTH, Server
+from server import BOTH, IN_BOTH_MODES, Server
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 HEALTHY, READY = (200, b"healthy\n"), (200, b"ready\n")
@@ -51,13 +53,13 @@ def test_hundreds_of_pipelined_probes_are_all_answered(start, which):
 
 def test_a_replica_is_ready_when_all_its_processes_are(start, stage):
     server = start(config=TWO, env={"HOLD_IMPORT": "1"}, ready=False)
-    first, second = stage.take(2)
+    first = stage.next()
     assert (probe(server, "readyz"), probe(server, "healthz")) == (NOT_READY, HEALTHY)
     first.finish()
     server.wait_numbers(processes=1)
     assert (probe(server, "readyz"), probe(server, "healthz")) == (NOT_READY, HEALTHY)
     assert server.get("/hello").status == 200
-    second.finish()
+    stage.next().finish()
     server.wait_ready()
 
 

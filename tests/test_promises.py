@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from server import Server
+from server import IN_BOTH_MODES, Server
+
+pytestmark = IN_BOTH_MODES
 
 
 @pytest.fixture

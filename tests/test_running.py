@@ -7,8 +7,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
-from server import BOTH, STOCK, Client, Server
+from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 ROUNDS = 20
 
@@ -56,7 +58,13 @@ def test_a_pair_that_keeps_the_gil_runs_in_different_processes_in_every_round(re
 
 def test_control_stock_gthread_puts_pairs_that_keep_the_gil_into_one_process(start):
     server = start("-w", "2", "--threads", "2", base=STOCK)
-    assert False in burn_in_pairs(server, 0, kept=True)
+    kept_alive = [server.connect() for _ in range(3)]  # to two processes, so two share one
+    pids = [client.get("/numbers/").json["pid"] for client in kept_alive]
+    pair = [client for client, pid in zip(kept_alive, pids) if pids.count(pid) > 1][:2]
+    for client in pair:
+        client.ask("/burn/1")
+    assert len({client.reply().json["pid"] for client in pair}) == 1
+    close(kept_alive)
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])

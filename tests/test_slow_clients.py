@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from server import BOTH, STOCK, Client, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server, wait_for
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
 HALF = "POST /echo HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nhalf"

@@ -6,7 +6,9 @@ import os
 import signal
 
 import pytest
-from server import BOTH, STOCK, Client, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server, wait_for
+
+pytestmark = IN_BOTH_MODES
 
 MIB = 1 << 20
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
@@ -83,6 +85,7 @@ def test_a_response_longer_than_response_buffer_holds_its_slot_until_so_much_is_
 def test_without_room_for_all_such_responses_together_the_next_one_holds_its_slot(start):
     server = start(config={**ONE, "response_buffer_total": "7Mi"})
     first = unread(server, "/large/8/one")
+    wait_for(lambda: server.numbers().unsent, "what is left")
     server.wait_numbers(running=0)
     left = server.numbers().unsent
     assert MIB < left <= 7 * MIB

@@ -7,8 +7,10 @@ import os
 import signal
 
 import pytest
-from server import BOTH, Load, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Load, Pending, Server, wait_for
 from stage import Stage
+
+pytestmark = IN_BOTH_MODES
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 
@@ -81,18 +83,129 @@ def test_quit_hurries_a_stop_that_waits(start, stage):
     assert actor.vanished()
 
 
-def test_what_still_waits_when_graceful_timeout_ends_is_told_so(start, stage, which):
-    server = start("--graceful-timeout", "2", config=TWO, bind=BOTH)
-    clients = [server.connect(which).ask("/hold/x") for _ in range(6)]
+def test_quit_ends_at_once_during_a_reload_whose_old_processes_are_busy(start, stage):
+    server = start("--graceful-timeout", "600", config=TWO)
+    clients = [server.connect().ask("/hold/x") for _ in range(4)]
     actors = stage.take(4)
-    server.wait_numbers(running=4, waiting=2)
-    server.tell(signal.SIGTERM)
-    wait_for(lambda: sum(client.is_readable() for client in clients) >= 2, "two answers")
-    told = [client.reply() for client in clients if client.is_readable()]
-    assert {reply.status for reply in told} == {503}
-    assert told[0].body.startswith(b"The server is shutting down")
-    assert server.process.wait(20) == 0
+    old = server.workers
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: len(server.workers) == 4, "the successors")
+    assert server.stop(signal.SIGQUIT) == 0
     assert [actor.vanished() for actor in actors] == [True] * 4
+    assert {actor.pid for actor in actors} == set(old)
+    for client in clients:
+        client.close()
+
+
+def test_what_cannot_be_answered_in_graceful_timeout_is_told_so_before_it_ends(start, stage, which):
+    """What runs, what waits and what has come in part; but nothing that has begun its response."""
+    server = start("--graceful-timeout", "4", config=TWO, bind=BOTH)
+    begun = server.connect(which).ask("/begun/x")
+    actors = [stage.next()]
+    running = [server.connect(which).ask("/hold/x") for _ in range(3)]
+    actors += stage.take(3)
+    waiting = [server.connect(which).ask("/hold/x") for _ in range(2)]
+    half = server.connect(which).send("GET /hello HTTP/1.1\r\nHo")
+    server.wait_numbers(running=4, waiting=2, connections=7)
+    server.tell(signal.SIGTERM)
+    replies = [client.reply() for client in [*running, *waiting, half]]
+    assert [reply.status for reply in replies] == [503] * 6
+    late, no_slot = b"this request was not done in time", b"no slot became free in time"
+    texts = [late] * 3 + [no_slot] * 2 + [late]
+    assert [text in reply.body for reply, text in zip(replies, texts, strict=True)] == [True] * 6
+    for actor in actors:
+        actor.finish()
+    assert begun.reply().body == b"somemore"
+    assert all(client.is_closed() for client in running)
+    assert server.process.wait(20) == 0
+    assert "Traceback" not in server.log
+
+
+def test_a_request_that_runs_on_after_its_stop_was_answered_ends_with_its_process(start, stage):
+    server = start("--graceful-timeout", "2", config=TWO)
+    client = server.connect().ask("/hold/x")
+    actor = stage.next()
+    server.tell(signal.SIGTERM)
+    assert client.reply().status == 503
+    assert server.process.wait(20) == 0
+    assert actor.vanished()
+
+
+def test_what_lies_in_the_backlog_when_term_comes_is_answered(start, which):
+    server = start(config=TWO, bind=BOTH)
+    dispatcher = server.dispatcher
+    server.tell(signal.SIGSTOP, dispatcher)
+    clients = [server.connect(which).ask("/hello") for _ in range(20)]
+    server.tell(signal.SIGTERM)
+    server.wait_log("Handling signal: term")
+    server.tell(signal.SIGCONT, dispatcher)
+    assert {client.reply().status for client in clients} == {200}
+    assert all(client.is_closed() for client in clients)
+    assert server.process.wait(20) == 0
+
+
+def test_a_connection_that_was_silent_when_term_came_has_a_second_to_send(start, which):
+    server = start(config=TWO, bind=BOTH)
+    with server.connect(which) as client:
+        server.wait_numbers(connections=1)
+        server.tell(signal.SIGTERM)
+        server.wait_log("Handling signal: term")
+        assert client.get("/hello").status == 200
+        assert client.is_closed()
+    assert server.process.wait(20) == 0
+
+
+def test_clients_that_come_while_the_replica_stops_are_answered_or_refused_never_reset(
+    start, which
+):
+    server = start(config=TWO, bind=BOTH)
+    knocking = [Pending(lambda: knock(server, which)) for _ in range(16)]
+    wait_for(lambda: server.numbers().connections > 4, "a crowd")
+    server.tell(signal.SIGTERM)
+    assert set().union(*(each.result() for each in knocking)) == {200}
+    assert server.process.wait(20) == 0
+
+
+def knock(server: Server, which: int) -> set[int]:
+    """Ask on new connections until one is refused; raises what else happens."""
+    seen = set()
+    while True:
+        try:
+            seen.add(server.get("/hello", which).status)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return seen
+
+
+# drain_delay
+
+
+def test_during_drain_delay_readyz_says_no_and_everything_is_served(start, stage):
+    server = start(config={**TWO, "drain_delay": "4s", "ready_file": "ready"})
+    with Load(server) as load:
+        server.tell(signal.SIGTERM)
+        wait_for(lambda: server.get("/-/readyz").status == 503, "not ready")
+        assert server.get("/-/healthz").status == 200
+        wait_for(lambda: not (server.folder / "ready").exists(), "no ready_file")
+        load.go_on(100)
+        assert load.failures == []
+    server.wait_closed()
+    assert server.process.wait(20) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT])
+def test_during_drain_delay_the_dead_are_replaced_and_int_and_quit_are_quick(start, stage, number):
+    server = start(config={**TWO, "drain_delay": "600s"})
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: server.get("/-/readyz").status == 503, "not ready")
+    victim = server.workers[0]
+    server.tell(signal.SIGKILL, victim)
+    wait_for(lambda: len(server.workers) == 2 and victim not in server.workers, "a successor")
+    server.wait_numbers(processes=2)
+    client = server.connect().ask("/hold/x")
+    actor = stage.next()
+    assert server.stop(number) == 0
+    assert actor.vanished()
+    client.close()
 
 
 def test_term_to_one_process_recycles_it_and_no_request_fails(start):
@@ -156,7 +269,7 @@ def test_many_hups_in_a_row_fail_no_request(start, stage):
 
 
 def test_max_requests_recycles_processes_and_no_request_fails(start, stage):
-    server = start("--max-requests", "50", config=TWO, bind=BOTH)
+    server = start("--max-requests", "50", "--max-requests-jitter", "20", config=TWO, bind=BOTH)
     first = set(server.workers)
     with Load(server) as load:
         load.go_on(400)

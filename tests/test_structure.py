@@ -18,8 +18,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
     "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
-    "dispatcher", "endings", "head", "heritage", "journal", "listeners", "machine", "pages",
-    "processes", "queue", "rate", "rest", "rules", "supervisor",
+    "dispatcher", "endings", "guard", "head", "heritage", "journal", "listeners", "machine",
+    "pages", "processes", "queue", "rate", "ready_file", "rest", "rules", "supervisor", "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 
@@ -50,6 +50,10 @@ def test_the_two_sides_of_the_dispatcher_do_not_know_each_other_or_the_queue(mod
 
 def test_gunicorn_is_touched_in_few_files():
     assert {module for module in MODULES if "gunicorn" in imports(module)} == KNOW_GUNICORN
+
+
+def test_gevent_is_imported_in_one_file():
+    assert {module for module in MODULES if "gevent" in imports(module)} == {"gevent_worker"}
 
 
 def test_the_dispatcher_imports_nothing_that_runs_user_code_or_reads_configuration():

@@ -1,8 +1,8 @@
 """Bytes to a server and back, and two servers that get the same bytes.
 
-`Pair` is ours and gunicorn's gthread with the same app and the same settings. `Outcome` is
-all that a client can see: every reply with its headers (Date aside) and its body as it was
-framed, and whether the connection can be used again.
+`Pair` is ours and gunicorn's own worker of the same mode, with the same app and settings.
+`Outcome` is all that a client can see: every reply with its headers (Date aside) and its body as
+it was framed, and whether the connection can be used again.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from server import OURS, STOCK, Client, Server
+from server import OURS, STOCK, STOCK_GEVENT, Client, Server
 from stage import PATIENCE
 
 AGAIN = b"GET /hello HTTP/1.1\r\nHost: again\r\n\r\n"
@@ -183,10 +183,11 @@ def start_pair(
     config = {"threads_per_process": threads, **options.pop("config", {})}
     folder = start.stage.path.removesuffix("stage")
     servers = []
-    for name, base in (("ours", OURS), ("stock", STOCK)):
+    stock = STOCK_GEVENT if start.mode == "gevent" else STOCK
+    for name, base in (("ours", OURS), ("stock", stock)):
         unix = os.path.join(folder, f"{name}{len(start.servers)}")
         bind = options.get("bind", ("127.0.0.1:0", f"unix:{unix}"))
-        here = (*arguments, "--threads", str(threads)) if base is STOCK else arguments
+        here = (*arguments, "--threads", str(threads)) if base is stock else arguments
         kept = () if "--keep-alive" in arguments else ("--keep-alive", str(int(PATIENCE * 3)))
         more = {**options, "bind": bind, "config": config if base is OURS else None}
         servers.append(start(*kept, *here, base=base, app=app, **more))

@@ -44,6 +44,7 @@ class Worker:
     full: bool = False  # its channel takes no message now
     missed: bool = False  # something could not be delivered
     leave_due: bool = False
+    stalled: bool = False  # the dispatcher has seen that its slots stand still
     haunted: bool = False  # a child that the app forked keeps the channel open
     heard: bool = False  # the dispatcher knows that it is dead
 
@@ -74,6 +75,7 @@ class World:
         self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
         self._ages = 0
         self._numbers = 0
+        self.failed = 0  # the newest age that could not load the app
         self._reloading = 0  # the newest age of before, while a reload waits for those to go
         self.reads_at_once = True
         self.write()
@@ -138,6 +140,12 @@ class World:
         if worker.booting:
             self.die(worker)
 
+    def fail(self, worker: Worker) -> None:
+        """It cannot load the app, says so, and ends."""
+        if worker.booting:
+            self.failed = max(self.failed, worker.age)
+            self.die(worker)
+
     def reap(self, worker: Worker) -> None:
         if not worker.alive and self.workers.pop(worker.age, None):
             self.write()
@@ -200,6 +208,30 @@ class World:
             worker.starting += 1
             self.free(worker)
 
+    def stall(self, worker: Worker) -> None:
+        """Its slots stand still. The dispatcher sees it."""
+        if not worker.stalled and self._is_known(worker):
+            worker.stalled = True
+            self.tell("stalled", worker.age)
+
+    def turn(self, worker: Worker) -> None:
+        """Its slots go on."""
+        if worker.stalled and self._is_known(worker):
+            self.tell("turning", worker.age, self.now)
+        worker.stalled = False
+
+    def give_back(self, worker: Worker) -> None:
+        """What no slot has taken goes back; they may have begun to move again meanwhile."""
+        while worker.mailbox and worker.welcomed and self._is_known(worker):
+            request = worker.mailbox.pop(0)
+            self._end(request, "sent", "waiting")
+            self.tell("returned", worker.age, request, self.now)
+            if not worker.stalled:  # it may be sent back at once
+                return
+
+    def _is_known(self, worker: Worker) -> bool:
+        return self._has_link(worker) and worker.age in self.table
+
     def orphan(self, worker: Worker) -> None:
         """It was told to leave, and no dispatcher came: it finishes what it runs, and leaves."""
         if worker.alive and worker.told and worker.life != self.life:
@@ -246,6 +278,7 @@ class World:
 
     def _be_born(self, was_ready: bool) -> None:
         rules = self.page[0]
+        rules = replace(rules, processes=max(1, rules.processes))
         self.decisions, self.model = Decisions(rules), Model(rules, was_ready)
         self.decisions.was_ready = was_ready
         for age, worker in self.table.items():
@@ -271,12 +304,18 @@ class World:
         worker.mailbox, worker.reading, worker.idle = [], [], 0
         worker.starting = worker.all_slots - len(worker.old)
         worker.welcomed = worker.full = worker.missed = worker.leave_due = False
+        worker.stalled = False
 
     def read(self) -> None:
         """Look at the master's page."""
         rules, live, stopped = self.page
-        self.tell("ruled", rules, live, self.now)
-        if stopped and not self.decisions.stopping:
+        paused = not rules.processes
+        if paused:
+            rules = self.decisions.rules
+        self.tell("ruled", rules, live, self.now, self.failed)
+        if self.decisions.stopping and not (stopped or paused):
+            self.tell("resume", self.now)
+        if (stopped or paused) and not self.decisions.stopping:
             self.tell("stop")
 
     def hear_death(self, worker: Worker) -> None:
@@ -369,6 +408,7 @@ class World:
     def _all_that_happens(self) -> Collection[Callable[[Worker], None]]:
         return (
             self.make_room,
+            self.turn,
             self.register,
             self.welcome,
             self.say_leaving,

@@ -49,7 +49,9 @@ class Settings:
         "more for code that waits for I/O or a GPU",
     )  # fmt: skip
     mode: str = _key(
-        Choice(("thread",), later=("gevent",)), "thread", "what a slot is; gevent comes later"
+        Choice(("thread", "gevent")),
+        "thread",
+        "what a slot is: a thread, or a greenlet, for hundreds that wait for I/O",
     )
     max_replica_concurrency: int = _key(
         Integer(1, 30000), 1024, "requests in flight, waiting and running; one more is refused"
@@ -100,14 +102,14 @@ class Settings:
         Text(_ADDRESS, "host:port or unix:path", "address"), None,
         "a socket of its own for metrics and the status page",
     )  # fmt: skip
-    ready_file: str | None = _later(
+    ready_file: str | None = _key(
         Text(r"[^\0]+", "a path", "path"), None, "a file that exists while readyz says 200"
     )
-    drain_delay: float = _later(
+    drain_delay: float = _key(
         Duration(least=0), 0.0, "on TERM, how long readyz says 503 before the listeners close"
     )
-    stagger_init: bool = _later(Boolean(), True, "processes load the app one after another")
-    preload: bool = _later(Boolean(), False, "load the app once, before the processes are forked")
+    stagger_init: bool = _key(Boolean(), True, "processes load the app one after another")
+    preload: bool = _key(Boolean(), False, "load the app once, before the processes are forked")
 
     @property
     def slots(self) -> int:

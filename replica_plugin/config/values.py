@@ -150,10 +150,9 @@ class Boolean(Kind):
 
 @dataclass(frozen=True)
 class Choice(Kind):
-    """One of several words or integers, of which some may be known but not supported yet."""
+    """One of several words or integers."""
 
     options: tuple[str | int, ...]
-    later: tuple[str, ...] = ()
     name: ClassVar[str] = "choice"
 
     @property
@@ -165,8 +164,6 @@ class Choice(Kind):
         for option in self.options:
             if str(option) == seen.text and type(option).__name__ == seen.tag:
                 return option
-        if seen.tag == "str" and seen.text in self.later:
-            raise BadValueError(f"{seen.text} is not supported yet; write {self.rule}")
         raise self.bad(seen)
 
 

@@ -1,0 +1,116 @@
+"""How a process loads the app: when it may, and what follows if it cannot.
+
+1. With stagger_init, one process loads at a time, and begins only while no more than p others
+   have the app loaded. So in a reload at most p + 1 do: the next successor loads when an old
+   process has gone. The turn is a lock that ends with its holder.
+2. A failure is on the page before its process ends. So the dispatcher knows of it by the time
+   it sees that this process is not among the living, and keeps those it might have replaced.
+3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. Any other
+   process that fails takes, for 1 to 60 s, the place of the one that is missing, so that
+   gunicorn does not fork and fail in a circle; if none is missing, it ends at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from .pages import LoadPage, MasterPage, ReplicaPage
+from .rules import Wishes, decode_wishes
+
+BOOT_ERROR = 3  # the exit code at which gunicorn halts
+LONGEST_PAUSE = 60.0
+GLANCE = 0.02  # seconds between two looks at what has to change first
+
+
+class Process(Protocol):
+    """What loading asks of the process it is in; a gunicorn worker."""
+
+    age: int
+    ppid: int
+    alive: bool
+    log: Any
+
+
+class Loading:
+    """One process's attempt."""
+
+    def __init__(
+        self, process: Process, load_page: LoadPage, master_page: MasterPage, page: ReplicaPage
+    ) -> None:
+        self._process = process
+        self._load_page = load_page
+        self._master_page = master_page
+        self._replica_page = page
+
+    def run(self, load: Callable[[], None], staggered: bool) -> None:
+        """Load the app, in turn. Raises SystemExit if it cannot be loaded."""
+        if not staggered:
+            loaded = self._try(load)
+        else:
+            with self._turn():
+                loaded = self._try(load)
+        if not loaded:
+            self._fail()
+
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        with self._load_page.turn():
+            while not self._is_room():
+                time.sleep(GLANCE)
+            yield
+
+    def _is_room(self) -> bool:
+        self._end_without_master()
+        wishes = self._wishes()
+        return len(self._load_page.loaded(wishes.live)) <= max(1, wishes.rules.processes)
+
+    def _try(self, load: Callable[[], None]) -> bool:
+        try:
+            load()
+        except BaseException:  # an app may raise SystemExit, too
+            if not self._process.alive:  # a signal has told us to leave
+                raise
+            self._process.log.exception("The app cannot be loaded")
+            self._load_page.note_failure(self._process.age)
+            return False
+        self._load_page.note_loaded(self._process.age, self._wishes().live)
+        return True
+
+    def _fail(self) -> None:
+        if not self._replica_page.read().was_ready and not self._others():
+            sys.exit(BOOT_ERROR)
+        pause = min(LONGEST_PAUSE, 2.0 ** (self._load_page.failures - 1))
+        self._process.log.error(
+            "The replica serves on with the processes it has. A HUP, or the next process that is "
+            "missing, tries again; not sooner than in %g s, if one is missing now",
+            pause,
+        )
+        end = time.monotonic() + pause
+        while time.monotonic() < end and self._is_in_place_of_another():
+            self._end_without_master()
+            time.sleep(GLANCE)
+        sys.exit(1)
+
+    def _others(self) -> set[int]:
+        return self._load_page.loaded(self._wishes().live) - {self._process.age}
+
+    def _is_in_place_of_another(self) -> bool:
+        """Whether gunicorn would fork another process if we ended now."""
+        wishes = self._wishes()
+        return len(set(wishes.live) - {self._process.age}) < wishes.rules.processes
+
+    def _end_without_master(self) -> None:
+        if os.getppid() != self._process.ppid:
+            sys.exit(0)
+
+    def _wishes(self) -> Wishes:
+        while True:
+            state = self._master_page.read()
+            if state is not None:
+                return decode_wishes(state)
+            time.sleep(0)  # the master is in the middle of writing

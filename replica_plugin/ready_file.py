@@ -1,0 +1,56 @@
+"""ready_file: a file that is there while readyz says 200.
+
+It holds the master's pid, so that during an upgrade (USR2), when two masters have the same
+settings, neither takes the other's away. The dispatcher shows and removes it; the master
+removes what a replica left behind that was killed as a whole.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from contextlib import suppress
+
+LOOK = 1.0  # seconds after which the file is looked at again, though nothing has changed
+
+
+class ReadyFile:
+    """The file, as one dispatcher keeps it."""
+
+    def __init__(self, master: int, complain: Callable[[str], None]) -> None:
+        self._master = master
+        self._complain = complain
+        self._shown: tuple[str | None, bool] | None = None
+        self._looked_at = 0.0
+
+    def show(self, path: str | None, ready: bool, now: float) -> None:
+        """Have the file there if the replica is ready, and only then."""
+        wanted = (path, ready)
+        if wanted == self._shown and now - self._looked_at < LOOK:
+            return
+        before = self._shown[0] if self._shown else path
+        try:
+            if before is not None and (before != path or not ready):
+                remove(before, self._master)
+            if path is not None and ready and not os.path.exists(path):
+                _write(path, self._master)
+        except OSError as error:
+            if wanted != self._shown:
+                self._complain(f"ready_file {path} cannot be kept: {error.strerror}")
+        self._shown, self._looked_at = wanted, now
+
+
+def remove(path: str, master: int | None = None) -> None:
+    """Remove the file, if it is one of ours; of this master, if one is given."""
+    with suppress(FileNotFoundError):
+        with open(path, errors="replace") as file:
+            text = file.read(32)
+        if re.fullmatch(r"[0-9]+\n", text) and master in (None, int(text)):
+            os.unlink(path)
+
+
+def _write(path: str, master: int) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    with open(fd, "w") as file:
+        file.write(f"{master}\n")

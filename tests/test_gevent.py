@@ -1,0 +1,359 @@
+"""What is particular to gevent mode; what it has in common with thread mode, IN_BOTH_MODES."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from server import Client, Load, Server, wait_for
+from stage import Actor, Stage
+
+from replica_plugin import early
+
+GEVENT = {"mode": "gevent", "processes_per_replica": 2, "threads_per_process": 2}
+ONE = {**GEVENT, "processes_per_replica": 1}
+STALL = r"The hub of process (\d+) does not turn"
+
+
+@pytest.fixture
+def stage(start) -> Stage:
+    return start.stage
+
+
+def hold(server: Server, *names: str) -> list[Client]:
+    return [server.connect().ask(f"/hold/{name}") for name in names]
+
+
+def finish(*actors: Actor) -> None:
+    for actor in actors:
+        actor.finish()
+
+
+def close(clients: list[Client]) -> None:
+    assert [client.reply().status for client in clients] == [200] * len(clients)
+    for client in clients:
+        client.close()
+
+
+def holds_four(server: Server, stage: Stage) -> None:
+    """So many requests, and no more, run at once."""
+    clients = hold(server, *"abcde")
+    actors = stage.take(4)
+    server.wait_numbers(running=4, waiting=1)
+    finish(*actors)
+    stage.next().finish()
+    close(clients)
+
+
+# Where it runs.
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_app_is_imported_and_runs_on_the_main_thread_of_its_process(start, stage, threads):
+    server = start(config={**ONE, "threads_per_process": threads})
+    clients = hold(server, *"abc"[:threads])
+    actors = stage.take(threads)
+    assert [actor.main for actor in actors] == [True] * threads
+    finish(*actors)
+    close(clients)
+
+
+def holds_gevent(pid: int) -> bool:
+    return "-packages/gevent/" in Path(f"/proc/{pid}/maps").read_text()
+
+
+def test_gevent_is_imported_by_master_and_processes_of_gevent_mode_only(start):
+    server = start(config=GEVENT)
+    assert [holds_gevent(pid) for pid in server.workers] == [True, True]
+    assert not holds_gevent(server.supervisor) and not holds_gevent(server.dispatcher)
+    server = start(config={**GEVENT, "mode": "thread"})
+    assert not any(map(holds_gevent, [server.process.pid, *server.workers]))
+    assert not [name for name in server.get("/modules").json if name.startswith("gevent")]
+
+
+PATCHED = """
+import json, socket
+from gevent import monkey
+AT_IMPORT = monkey.is_module_patched("socket")
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "application/json")])
+    return [json.dumps([AT_IMPORT, monkey.is_module_patched("socket")]).encode()]
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patched"), [((), [True, True]), (("--preload",), [False, True])]
+)
+def test_the_patch_comes_before_the_app_unless_that_is_preloaded(start, arguments, patched):
+    server = start(*arguments, config=ONE, app="patched:application", files={"patched.py": PATCHED})
+    assert server.get("/").json == patched
+
+
+# Greenlets.
+
+LEFTOVERS = """
+import gevent, gevent.local
+from contextvars import ContextVar
+
+context, local = ContextVar("context", default="none"), gevent.local.local()
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    if environ["PATH_INFO"] == "/leave":
+        gevent.sleep(0.001)
+        gevent.Timeout(0.01).start()
+        context.set("left")
+        local.value = "left"
+        return [b"left"]
+    gevent.sleep(0.1)
+    return [f"{context.get()} {getattr(local, 'value', 'none')}".encode()]
+"""
+
+
+def test_what_a_request_that_waited_leaves_behind_meets_no_later_one(start):
+    files = {"leftovers.py": LEFTOVERS}
+    config = {**ONE, "threads_per_process": 1}
+    server = start(config=config, app="leftovers:application", files=files)
+    for _ in range(3):
+        assert server.get("/leave").body == b"left"
+        assert server.get("/").body == b"none none"
+
+
+STRAY = """
+import gevent
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    gevent.Timeout(0.05).start()
+    return [b"left"]
+"""
+
+
+def test_a_timeout_that_a_request_left_running_costs_no_slot(start):
+    config = {**ONE, "threads_per_process": 1}
+    server = start(config=config, app="stray:application", files={"stray.py": STRAY})
+    assert server.get("/").status == 200
+    beat = server.numbers().beat
+    wait_for(lambda: server.numbers().beat > beat + 1, "the timeout")
+    assert server.get("/").status == 200
+
+
+def test_a_killed_greenlet_costs_its_request_and_no_slot(start, stage):
+    killer = "import gevent\n\ndef application(environ, start_response):\n"
+    killer += "    if environ['PATH_INFO'] == '/kill':\n        gevent.getcurrent().kill()\n"
+    killer += "    import served_app\n    return served_app.application(environ, start_response)\n"
+    server = start(config=ONE, app="killer:application", files={"killer.py": killer})
+    assert [server.get("/kill").status for _ in range(5)] == [500] * 5
+    clients = hold(server, "a", "b")
+    finish(*stage.take(2))
+    close(clients)
+
+
+# A hub that does not turn.
+
+
+def block_one(server: Server, stage: Stage) -> tuple[Client, Actor]:
+    """One process does nothing but this request, and the dispatcher knows it."""
+    client = server.connect().ask("/freeze/x")
+    actor = stage.next()
+    server.wait_log(STALL)
+    return client, actor
+
+
+def test_a_process_whose_hub_stands_still_is_sent_nothing_until_it_turns_again(start, stage):
+    server = start(config=GEVENT)
+    client, blocked = block_one(server, stage)
+    others = hold(server, "a", "b", "c", "d")
+    actors = stage.take(2)
+    server.wait_numbers(running=3, waiting=2)
+    assert blocked.pid not in {actor.pid for actor in actors}
+    assert stage.is_empty()
+    blocked.finish()
+    last = stage.next()
+    assert last.pid == blocked.pid
+    finish(*actors, last)
+    stage.next().finish()
+    close([client, *others])
+
+
+def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(start, stage):
+    server = start(config={**GEVENT, "threads_per_process": 3})
+    clients = [server.connect().ask("/freeze/x")]
+    blocked = stage.next()
+    for running, name in enumerate("abcde", start=2):
+        clients += hold(server, name)
+        server.wait_numbers(running=running)
+    actors = stage.take(3)
+    assert {actor.name for actor in actors} == {"a", "c", "e"}
+    server.wait_numbers(running=4, waiting=2)
+    for name in "bd":
+        actors.pop(0).finish()
+        actors.append(stage.next())
+        assert actors[-1].name == name and actors[-1].pid != blocked.pid
+    finish(*actors, blocked)
+    close(clients)
+
+
+def test_probes_answer_while_every_hub_stands_still_and_the_replica_is_ready(start, stage):
+    server = start(config=GEVENT)
+    clients = [server.connect().ask("/freeze/x") for _ in range(2)]
+    actors = stage.take(2)
+    server.wait_log(STALL, count=2)
+    assert (server.get("/-/healthz").status, server.get("/-/readyz").status) == (200, 200)
+    waiting = hold(server, "a")
+    server.wait_numbers(running=2, waiting=1)
+    finish(*actors)
+    stage.next().finish()
+    close([*clients, *waiting])
+
+
+def test_the_log_says_once_a_process_who_keeps_its_hub_where_and_what_to_do(start, stage):
+    server = start(config=ONE)
+    for _ in range(2):
+        client, actor = block_one(server, stage)
+        actor.finish()
+        close([client])
+    (line,) = (line for line in server.log.splitlines() if "does not turn" in line)
+    assert f"process {actor.pid} does not turn, so it is sent nothing: GET /freeze/x keeps" in line
+    assert "with 0 % of a CPU" in line and "served_app.py" in line and "(freeze)" in line
+    assert "use mode: thread, or fewer threads_per_process" in line
+
+
+def test_a_handler_that_keeps_the_gil_is_named_in_the_log_when_it_lets_go(start):
+    server = start(config=ONE)
+    named = r"GET /grip/1.6 keeps it, with \d+ % of a CPU, in \w+.py:\d+"
+    wait_for(lambda: server.get("/grip/1.6").status == 200 and re.search(named, server.log), named)
+
+
+def test_a_process_whose_hub_turns_no_more_is_replaced_after_timeout(start, stage):
+    server = start("--timeout", "2", config=GEVENT)
+    client = server.connect().ask("/freeze/x")
+    actor = stage.next()
+    assert actor.vanished()
+    server.wait_log(rf"WORKER TIMEOUT \(pid:{actor.pid}\)")
+    assert client.reply().status in (500, 502)
+    wait_for(lambda: len(server.workers) == 2 and actor.pid not in server.workers, "another")
+    assert server.get("/hello").status == 200
+
+
+def test_a_slow_request_is_not_stuck_however_old_it_is(start, stage):
+    server = start("--timeout", "1", config=ONE)
+    clients = hold(server, "slow")
+    actor = stage.next()
+    before = server.numbers().beat
+    wait_for(lambda: server.numbers().beat > before + 3, "three seconds")
+    assert server.workers == [actor.pid]
+    actor.finish()
+    close(clients)
+
+
+# Signals and settings.
+
+
+def test_a_reload_changes_the_mode_and_fails_no_request(start, stage):
+    server = start(config={**GEVENT, "mode": "thread"})
+    with Load(server) as load:
+        for mode, threads in (("gevent", 4), ("thread", 2)):
+            before = server.workers
+            load.go_on(20)
+            server.write_config({**GEVENT, "mode": mode, "threads_per_process": threads})
+            server.tell(signal.SIGHUP)
+            server.wait_log(rf"2 processes x {threads} threads = .* \({mode} mode\)")
+            wait_for(lambda: not set(before) & set(server.workers), "the old ones gone")
+            load.go_on(20)
+    assert load.failures == []
+    holds_four(server, stage)
+
+
+def test_usr1_reopens_the_logs_of_processes(start):
+    server = start("--access-logfile", "access.log", config=ONE)
+    server.get("/hello")
+    log = server.folder / "access.log"
+    wait_for(lambda: "/hello" in log.read_text(), "the access log")
+    log.rename(server.folder / "old.log")
+    server.tell(signal.SIGUSR1)
+
+    def logged() -> bool:
+        server.get("/numbers")
+        return log.exists() and "/numbers" in log.read_text()
+
+    wait_for(logged, "the new access log")
+
+
+NO_GEVENT = "import sys\nsys.modules['gevent'] = None\nfrom replica_plugin.conf import *\n"
+
+
+def test_without_gevent_gevent_mode_does_not_start_and_says_what_to_install(start):
+    files = {"conf.py": NO_GEVENT, "replica.yaml": "mode: gevent\n"}
+    ended = start.to_its_end(base=("-c", "conf.py"), files=files)
+    assert ended.code != 0 and not ended.listened and "Traceback" not in ended.output
+    assert (
+        "replica.yaml:1: mode: gevent is not installed. Install it with "
+        "`pip install 'replica-plugin[gevent]'`, or say mode: thread."
+    ) in ended.output
+
+
+# Preload, and patches that come early.
+
+PATCHED_EARLY = "from gevent import monkey\nmonkey.patch_all()\nfrom replica_plugin.conf import *\n"
+HOLDS = "from socket import create_connection\nfrom ssl import SSLContext\n"
+USES = "import holds\nfrom served_app import application\n"
+WARNING = (
+    "Imported before gevent's patch, which does not reach them: "
+    "holds (SSLContext, create_connection)."
+)
+
+
+def test_preloaded_libraries_that_hold_what_gevent_replaces_are_warned_of(start):
+    files = {"holds.py": HOLDS, "uses.py": USES}
+    server = start("--preload", config=ONE, app="uses:application", files=files)
+    assert WARNING in server.log
+    assert server.get("/hello").status == 200
+    server = start(config=ONE, app="uses:application", files=files)
+    assert "gevent's patch" not in server.log
+
+
+def test_a_configuration_that_patches_first_works_with_preload(start, stage):
+    files = {"conf.py": PATCHED_EARLY, "holds.py": HOLDS, "uses.py": USES}
+    base = ("-c", "conf.py", "--preload")
+    server = start(config=GEVENT, base=base, app="uses:application", files=files)
+    assert "gevent's patch" not in server.log
+    holds_four(server, stage)
+    assert server.stop() == 0
+
+
+def test_grpc_is_warned_of_with_what_it_needs(monkeypatch):
+    monkeypatch.setitem(early.sys.modules, "grpc", object())
+    warning = early.warning(lambda module, name: object())
+    assert "grpc (which also needs `grpc.experimental.gevent.init_gevent()`)" in warning
+
+
+# Many.
+
+
+def fill(server: Server, count: int) -> list[Client]:
+    return [server.connect().ask("/hold/x") for _ in range(count)]
+
+
+@pytest.mark.parametrize("bound", [4000, 1024])
+def test_two_thousand_clients_of_four_hundred_slots(start, stage, bound):
+    """All slots run; exactly what is above the bound is refused."""
+    config = {**GEVENT, "threads_per_process": 200, "max_replica_concurrency": bound}
+    server = start(config=config)
+    clients = fill(server, 2000)
+    refused = max(0, 2000 - bound)
+    actors = stage.take(400)
+    server.wait_numbers(running=400, waiting=1600 - refused)
+    assert Counter(actor.pid for actor in actors) == dict.fromkeys(server.workers, 200)
+    wait_for(lambda: sum(client.is_readable() for client in clients) == refused, "refusals")
+    finish(*actors)
+    for _ in range(1600 - refused):
+        stage.next().finish()
+    statuses = Counter(client.reply().status for client in clients)
+    assert statuses == Counter({200: 2000 - refused, 503: refused})
+    for client in clients:
+        client.close()

@@ -1,0 +1,213 @@
+"""How processes load the app: in turn, in how many at once, and when it cannot be loaded."""
+
+from __future__ import annotations
+
+import re
+import signal
+
+import pytest
+from server import Load, wait_for
+from test_hook_start import APP, IMPORT
+
+TWO = {"processes_per_replica": 2, "threads_per_process": 2}
+BROKEN = "raise RuntimeError('a broken deploy')\n"
+HELD = {"HOLD_IMPORT": "1"}
+
+
+def deploy(server, text):
+    """Other code; a pyc of the old one could be taken for it if both were written in a second."""
+    (server.folder / "app.py").write_text(text)
+
+
+def start_app(start, *arguments, text=APP, **options):
+    env = {"PYTHONDONTWRITEBYTECODE": "1"}
+    return start(*arguments, files={"app.py": text}, app="app:app", env=env, **options)
+
+
+def fail_a_reload(server, failures):
+    deploy(server, BROKEN)
+    server.tell(signal.SIGHUP)
+    server.wait_log("RuntimeError: a broken deploy", failures)
+
+
+def test_hup_to_an_app_that_cannot_load_is_logged_and_the_old_processes_serve_on(start):
+    server = start_app(start, config=TWO)
+    old = server.workers
+    with Load(server, "/") as load:
+        load.go_on(50)
+        fail_a_reload(server, 2)
+        wait_for(lambda: server.workers == old, "the end of those that failed")
+        load.go_on(50)
+        assert server.log.count("The app cannot be loaded\nTraceback (most recent") == 2
+        deploy(server, APP.replace("here", "there"))
+        server.tell(signal.SIGHUP)
+        wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+        server.wait_numbers(processes=2, slots=4)
+        assert server.get("/").body == b"there"
+        load.go_on(50)
+    assert load.failures == []
+
+
+def test_a_dead_process_is_replaced_after_a_failed_hup_and_then_the_others_are_too(start):
+    server = start_app(start, config=TWO)
+    old = server.workers
+    fail_a_reload(server, 2)
+    deploy(server, APP)
+    server.tell(signal.SIGKILL, old[0])
+    wait_for(lambda: not set(old) & set(server.workers), "the end of the old ones")
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_while_the_app_cannot_load_no_process_is_retired_for_max_requests(start):
+    server = start_app(start, "--max-requests", "5", config={**TWO, "processes_per_replica": 3})
+    old = set(server.workers)
+    deploy(server, BROKEN)
+    with Load(server, "/") as load:
+        server.wait_log("RuntimeError: a broken deploy")
+        server.wait_numbers(processes=2)
+        load.go_on(200)
+        assert len(old & set(server.workers)) == 2
+    assert load.failures == []
+
+
+def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start):
+    server = start_app(start, config=TWO)
+    deploy(server, BROKEN)
+    server.tell(signal.SIGKILL, server.workers[0])
+    server.wait_log("not sooner than in 4 s, if one is missing now")
+    assert re.findall(r"not sooner than in (\d+) s", server.log) == ["1", "2", "4"]
+    assert server.get("/").status == 200
+    deploy(server, APP)
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_an_app_that_has_been_served_can_fail_in_all_processes_and_come_back(start):
+    server = start_app(start, config=TWO)
+    deploy(server, BROKEN)
+    for worker in server.workers:
+        server.tell(signal.SIGKILL, worker)
+    server.wait_log("RuntimeError: a broken deploy", 2)
+    deploy(server, APP)
+    server.wait_numbers(processes=2, slots=4)
+    assert server.get("/").status == 200
+
+
+@pytest.mark.parametrize("p", [1, 3])
+def test_at_the_start_one_process_loads_after_another(start, stage, p):
+    server = start(config={"processes_per_replica": p}, env=HELD, ready=False)
+    for n in range(p):
+        actor = stage.next()
+        wait_for(lambda: len(server.workers) == p, "all processes")
+        server.wait_numbers(processes=n)
+        assert stage.is_empty()
+        actor.finish()
+    server.wait_numbers(processes=p)
+
+
+def test_without_stagger_init_all_load_at_once(start, stage):
+    server = start(config={**TWO, "stagger_init": False}, env=HELD, ready=False)
+    for actor in stage.take(2):
+        actor.finish()
+    server.wait_ready()
+
+
+def test_in_a_reload_one_process_more_than_p_has_the_app_loaded(start, stage):
+    server = start(config=TWO, env=HELD, ready=False)
+    for _ in range(2):
+        stage.next().finish()
+    server.wait_ready()
+    old = server.workers
+    held = [server.later("/hold/x") for _ in range(4)]
+    running = stage.take(4)
+    server.tell(signal.SIGHUP)
+    stage.next().finish()
+    server.wait_numbers(slots=6)  # the first successor is there, and one old process dismissed
+    assert stage.is_empty() and set(old) < set(server.workers)
+    first = [actor for actor in running if actor.pid == old[0]]
+    for actor in first:
+        actor.finish()
+    last = stage.next()
+    assert last.name == "import"
+    assert old[0] not in server.workers and old[1] in server.workers
+    last.finish()
+    for actor in running:
+        if actor not in first:
+            actor.finish()
+    assert {each.result().status for each in held} == {200}
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_the_next_hup_ends_those_that_still_load_at_once(start, stage):
+    server = start(config=TWO, env=HELD, ready=False)
+    for _ in range(2):
+        stage.next().finish()
+    server.wait_ready()
+    old = server.workers
+    server.tell(signal.SIGHUP)
+    loading = stage.next()
+    wait_for(lambda: len(server.workers) == 4, "two successors")
+    middle = set(server.workers) - set(old)
+    server.tell(signal.SIGHUP)
+    assert loading.vanished()
+    wait_for(lambda: not middle & set(server.workers), "their end")
+    server.wait_numbers(processes=2)
+    for _ in range(2):
+        stage.next().finish()
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+
+
+@pytest.mark.parametrize("base", [("-c", "python:replica_plugin.conf"), ("-c", "own.py")])
+def test_with_a_broken_yaml_a_dead_process_is_replaced(start, base):
+    server = start(base=base, files={"own.py": IMPORT}, config=TWO)
+    (server.folder / "replica.yaml").write_text("processes_per_replica: many\n")
+    old = server.workers
+    server.tell(signal.SIGHUP)
+    server.wait_log("The settings from before go on to hold")
+    wait_for(lambda: len(server.workers) == 2 and not set(old) & set(server.workers), "a restart")
+    victim = server.workers[0]
+    server.tell(signal.SIGKILL, victim)
+    wait_for(lambda: len(server.workers) == 2 and victim not in server.workers, "a successor")
+    server.wait_numbers(processes=2, slots=4)
+
+
+# preload
+
+FROZEN = """
+import gc, os
+LOADER = os.getpid()
+def app(environ, start_response):
+    start_response("200 OK", [])
+    return [f"{LOADER} {gc.get_freeze_count() > 0}".encode()]
+"""
+
+
+def test_preload_loads_the_app_once_in_the_master_and_freezes_it(start):
+    server = start_app(start, text=FROZEN, config={**TWO, "preload": True})
+    assert server.get("/").body == f"{server.process.pid} True".encode()
+    deploy(server, BROKEN)
+    old = server.workers
+    server.tell(signal.SIGHUP)
+    server.wait_log("preload: the new processes have the app as the master loaded it at the start")
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+    assert server.get("/").body == f"{server.process.pid} True".encode()
+
+
+def test_a_file_of_the_users_own_keeps_its_preload_app(start):
+    files = {"own.py": f"preload_app = True\n{IMPORT}"}
+    server = start(base=("-c", "own.py"), files=files, config={"processes_per_replica": 1})
+    server.tell(signal.SIGHUP)
+    server.wait_log("preload: the new processes have the app as the master loaded it at the start")
+
+
+def test_a_preload_that_hup_would_change_needs_a_restart(start):
+    server = start(config={"preload": False})
+    server.write_config({"preload": True})
+    server.tell(signal.SIGHUP)
+    server.wait_log("preload_app has changed, which needs a restart; it stays False")
+
+
+def test_a_preload_app_that_wins_over_preload_is_told(start):
+    files = {"own.py": f"{IMPORT}preload_app = False\n"}
+    server = start(base=("-c", "own.py"), files=files, config={"preload": True})
+    assert "gunicorn's preload_app (False) wins over preload: true (replica.yaml:1)" in server.log

@@ -1,0 +1,108 @@
+"""ready_file: there while readyz says 200."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from server import wait_for
+from test_hook_start import COMMAND
+
+CONFIG = {"processes_per_replica": 2, "threads_per_process": 2, "ready_file": "ready"}
+
+
+def shown(server):
+    return (server.folder / "ready").exists()
+
+
+def test_the_file_is_there_once_all_processes_are_ready_and_not_before(start, stage):
+    server = start(config=CONFIG, env={"HOLD_IMPORT": "1"}, ready=False)
+    stage.next().finish()
+    server.wait_numbers(processes=1)
+    last = stage.next()
+    assert not shown(server)
+    last.finish()
+    wait_for(lambda: shown(server), "the file")
+
+
+def test_the_file_goes_first_when_the_replica_stops(start, stage):
+    server = start(config=CONFIG)
+    running = server.later("/hold/x")
+    actor = stage.next()
+    assert shown(server)
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: not shown(server), "its end")
+    actor.finish()
+    assert running.result().status == 200
+    assert server.process.wait(20) == 0
+    assert not shown(server)
+
+
+def test_the_file_goes_when_the_replica_ends_at_once(start):
+    server = start(config=CONFIG)
+    assert server.stop(signal.SIGQUIT) == 0
+    assert not shown(server)
+
+
+def test_the_file_goes_while_no_process_is_usable(start, stage):
+    server = start(config={**CONFIG, "processes_per_replica": 1})
+    server.tell(signal.SIGSTOP)  # so that there is no successor meanwhile
+    (worker,) = server.workers
+    server.tell(signal.SIGKILL, worker)
+    wait_for(lambda: not shown(server), "its end")
+    server.tell(signal.SIGCONT)
+    wait_for(lambda: shown(server), "the file")
+
+
+def test_a_file_left_behind_by_a_replica_that_was_killed_is_removed_at_the_next_start(start, stage):
+    first = start(config=CONFIG)
+    family = [*first.workers, first.supervisor, first.dispatcher]
+    first.tell(signal.SIGSTOP)
+    for pid in [first.process.pid, *family]:
+        first.tell(signal.SIGKILL, pid)
+    first.process.wait(20)
+    left = first.folder / "ready"
+    assert left.exists()
+    config = {**CONFIG, "ready_file": str(left)}
+    start(config=config, env={"HOLD_IMPORT": "1"}, ready=False)
+    actor = stage.next()
+    assert not left.exists()
+    actor.finish()
+    stage.next().finish()
+    wait_for(left.exists, "the file")
+
+
+def test_a_file_that_is_not_ours_is_not_removed(start):
+    server = start(config={**CONFIG, "ready_file": "log"})
+    assert server.stop() == 0
+    assert "Shutting down" in server.log
+
+
+def test_hup_takes_another_file(start):
+    server = start(config=CONFIG)
+    server.write_config({**CONFIG, "ready_file": "other"})
+    server.tell(signal.SIGHUP)
+    wait_for((server.folder / "other").exists, "the other")
+    wait_for(lambda: not shown(server), "the end of the first")
+
+
+def test_a_file_that_cannot_be_written_is_told_and_serving_goes_on(start):
+    server = start(config={**CONFIG, "ready_file": "none/ready"})
+    path = os.path.join(server.folder, "none/ready")
+    server.wait_log(f"ready_file {path} cannot be kept: No such file or directory")
+    assert server.get("/hello").status == 200
+
+
+def test_a_new_masters_file_is_not_removed_by_the_old_one_nor_lost_in_a_roll_back(start):
+    server = start("--pid", "pid", config=CONFIG, command=COMMAND)
+    server.tell(signal.SIGUSR2)
+    server.wait_log("Replica: ", 2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    wait_for(lambda: len(server.children(new)) == 3, "the new master's family")
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: new not in server.children(), "its end")
+    wait_for(lambda: _text(server.folder / "ready") == f"{server.process.pid}\n", "the file")
+
+
+def _text(path):
+    return path.read_text() if path.exists() else ""
