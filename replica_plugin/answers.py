@@ -126,6 +126,11 @@ UNTAKEN = Answer(503, "The process that was to work on this request is out of de
 LOST = Answer(502, "The process that was working on this request died.")
 
 
+def overdue(seconds: float | None) -> Answer:
+    """The app took too long."""
+    return Answer(504, f"The app did not answer within request_timeout ({_seconds(seconds)}).")
+
+
 def head_too_late(seconds: float) -> Answer:
     """The head did not arrive in time."""
     limit = f"header_timeout ({_seconds(seconds)})"
@@ -152,5 +157,5 @@ def probe(good: bool, good_text: str, bad_text: str) -> Answer:
     return Answer(200, good_text) if good else Answer(503, bad_text)
 
 
-def _seconds(value: float) -> str:
+def _seconds(value: float | None) -> str:
     return f"{value:g} s"

@@ -9,7 +9,7 @@ import sys
 
 from gunicorn.config import Config
 
-from . import machine
+from . import machine, overtime
 from .config.load import Loaded
 
 WORKERS = {
@@ -81,6 +81,10 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
             "Conflict: gunicorn's preload_app (False) wins over preload: true "
             f"({loaded.sources['preload']})"
         )
+    limit = loaded.settings.request_timeout
+    watched = cfg.threads == 1 and loaded.settings.mode == "thread"
+    if limit is not None and watched and 0 < cfg.timeout <= limit:
+        found.append(_first_comes_timeout(cfg.timeout, limit, loaded))
     return found
 
 
@@ -91,6 +95,15 @@ def shortages(cfg: Config, loaded: Loaded) -> list[str]:
     slots = cfg.threads + bool(loaded.settings.exempt)
     bound = loaded.settings.max_replica_concurrency
     return machine.shortages(machine.read(), bound, slots, cfg.backlog)
+
+
+def _first_comes_timeout(timeout: int, limit: float, loaded: Loaded) -> str:
+    """With one thread gunicorn's `timeout` watches over each request; see docs/design.md."""
+    return (
+        f"Conflict: gunicorn's timeout ({timeout} s) comes before request_timeout: {limit:g} s "
+        f"({loaded.sources['request_timeout']}), and ends the process of a stuck request. "
+        f"Set --timeout above {limit + overtime.GRACE:g}, or a shorter request_timeout."
+    )
 
 
 def _without_dispatcher(cfg: Config) -> str:

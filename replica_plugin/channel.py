@@ -9,7 +9,8 @@ writes to it, whichever dispatcher lives reads from it:
 A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, DONE, LEAVING; in gevent mode TURNING, STALLED, RETURNED
+    process -> dispatcher   FREE, DONE, LEAVING, OVERDUE, UNFINISHED; in gevent mode TURNING,
+                            STALLED, RETURNED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
 cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
@@ -65,6 +66,8 @@ class Kind(IntEnum):
     TURNING = 3  # its hub turns again
     STALLED = 4  # its hub does not turn, and why: for the log
     RETURNED = 5  # a job that no slot has taken, since the hub does not turn
+    OVERDUE = 6  # a request has reached request_timeout, and nothing was sent: answer it
+    UNFINISHED = 7  # it has, and its response has begun
 
 
 _ENDS, _KINDS = tuple(End), tuple(Kind)  # by number, and faster than calling the class
@@ -75,7 +78,8 @@ class Job(NamedTuple):
 
     `number` counts the connection's requests from 1. `ahead` are bytes of this request that
     an earlier parser had read already; `carry` is what the slot before wanted to be told.
-    `last` asks for `Connection: close`. `waited` is in seconds.
+    `last` asks for `Connection: close`. `waited` is in seconds. `overdue_at` is the monotonic
+    time of its request_timeout, or infinity.
     """
 
     request: int
@@ -86,13 +90,14 @@ class Job(NamedTuple):
     carry: bytes
     last: bool
     waited: float
+    overdue_at: float
 
 
 class Report(NamedTuple):
     """What a process says.
 
     `request`, `end`, `ahead`, `carry` and `rest` matter for DONE; RETURNED has the `request`,
-    STALLED that and, as `carry`, a Stall.
+    STALLED that and, as `carry`, a Stall, OVERDUE and UNFINISHED a stack.
 
     `rest` is what the client has not taken yet; its descriptor travels beside the message.
     """

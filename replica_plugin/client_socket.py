@@ -39,15 +39,20 @@ class SendTimeoutError(TimeoutError):
     """The client took nothing for send_timeout."""
 
 
+class AnsweredError(ConnectionError):
+    """The dispatcher answers in place of the slot."""
+
+
 class ClientSocket(Socket):
     """`trouble` is the error that this socket raised, if it did; then nothing more is sent.
 
-    `answering` says that the response has begun; its head may still be held.
+    `answering` says that the response has begun; its head may still be held. `claim` is called
+    before its first byte, and says whether it may be written.
     """
 
     __slots__ = (
-        "_finishing", "_flags", "_head", "_left", "_left_size", "_on_first_byte", "_room",
-        "_written", "answering", "trouble",
+        "_claim", "_finishing", "_flags", "_head", "_left", "_left_size", "_room", "answering",
+        "trouble", "written",
     )  # fmt: skip
 
     def __init__(
@@ -55,7 +60,7 @@ class ClientSocket(Socket):
         family: int,
         kind: int,
         fd: int,
-        on_first_byte: Callable[[], None],
+        claim: Callable[[], bool],
         room: Callable[[], int],
     ) -> None:
         super().__init__(family, kind, 0, fd)
@@ -67,8 +72,8 @@ class ClientSocket(Socket):
         self._room = room
         self._flags = 0
         self._head = b""  # what is held
-        self._written = False
-        self._on_first_byte = on_first_byte
+        self.written = False
+        self._claim = claim
 
     def read_only_what_is_there(self) -> None:
         """From now on a read that would wait fails."""
@@ -95,6 +100,10 @@ class ClientSocket(Socket):
         else:
             self.answering = True
             self._head = data
+
+    def discard(self) -> None:
+        """Take back what is held."""
+        self._head, self.answering = b"", False
 
     def flush(self) -> None:
         """Send what is held; the head of a response without a body, say."""
@@ -219,9 +228,11 @@ class ClientSocket(Socket):
     def _begin(self) -> None:
         if self.trouble is not None:
             raise self.trouble
-        if not self._written:
-            self._written = True
-            self._on_first_byte()
+        if not self.written:
+            if not self._claim():
+                self.trouble = AnsweredError()
+                raise self.trouble
+            self.written = True
 
     def _noted(self, error: OSError, when_blocked: type[OSError]) -> OSError:
         trouble = when_blocked() if isinstance(error, BlockingIOError) else error

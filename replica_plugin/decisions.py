@@ -19,6 +19,7 @@ Invariants, after every event:
    beyond its `slots`: it does not count as running. In one without, it runs within `slots` and
    the cap, ahead of all that wait; then it counts as running, but not as in flight.
 7. A dismissed process is sent nothing more; a process is dismissed once.
+8. Because of stuck requests (overtime.py) at most p processes are ended in CALM seconds.
 
 The slots of a process are alike, and so are their credits: what makes one of them the extra
 one is how many requests of which kind are sent. Of `owed` slots nobody knows which kind they
@@ -35,6 +36,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
+from .overtime import GRACE, Overtime, Quota
 from .queue import Queue, Wait
 from .rate import Rate
 
@@ -69,9 +71,10 @@ class Spare(NamedTuple):
 
 
 class Lost(NamedTuple):
-    """The process that ran this request died."""
+    """The process that ran this request died; `overdue` if it was killed, and that is why."""
 
     request: int
+    overdue: bool = False
 
 
 class Dismiss(NamedTuple):
@@ -80,10 +83,22 @@ class Dismiss(NamedTuple):
     age: int
 
 
+class Inspect(NamedTuple):
+    """See what the process of this age is doing, of which we should have heard by now."""
+
+    age: int
+
+
+class Kill(NamedTuple):
+    """Kill the process of this age: it runs nothing but stuck requests, or is silent."""
+
+    age: int
+
+
 EXEMPT_QUEUE = 16
 """How many exempt requests may wait."""
 
-Action = Send | Refuse | Spare | Lost | Dismiss
+Action = Send | Refuse | Spare | Lost | Dismiss | Inspect | Kill
 
 
 @dataclass(frozen=True)
@@ -94,6 +109,8 @@ class Rules:
     threads: int = 1
     bound: int = 1024
     queue_timeout: float | None = None
+    request_timeout: float | None = None
+    grace: float = GRACE
     dry_run: bool = False
 
     @property
@@ -124,6 +141,24 @@ class Process:
     extra: int = 0
     exempt: int = 0  # of its requests
     requests: dict[int, Wait] = field(default_factory=dict)
+    overdue: set[int] = field(default_factory=set)  # of which the process has said so
+    stuck: set[int] = field(default_factory=set)  # those that have had their grace
+    killed: bool = False
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it has not said that a request is overdue, though there was time to."""
+        return not self.stuck <= self.overdue
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it runs nothing, but for stuck requests."""
+        return self.busy == len(self.stuck)
+
+    @property
+    def busy(self) -> int:
+        """How many of its slots are busy, of whatever kind, as far as anybody knows."""
+        return self.owed + len(self.requests)
 
     @property
     def running(self) -> int:
@@ -134,7 +169,7 @@ class Process:
     @property
     def is_complete(self) -> bool:
         """Whether each of its slots has come to wait, or works on something."""
-        return self.free + self.owed + len(self.requests) >= self.slots + self.extra
+        return self.free + self.busy >= self.slots + self.extra
 
 
 class Decisions:
@@ -157,6 +192,9 @@ class Decisions:
         self._spared = 0
         self._exempt_within = 0  # exempt requests that run within the cap
         self._rate = Rate()
+        self._overtime = Overtime()
+        self._stuck: set[int] = set()  # ages of processes with stuck requests
+        self._quota = Quota()  # of processes that are ended because of them
 
     def __repr__(self) -> str:
         return f"<Replica {self.running}/{self.rules.cap} running, {len(self.waiting)} waiting>"
@@ -199,6 +237,15 @@ class Decisions:
         """When a waiting request reaches its wait limit; infinity if none will."""
         limit = self.rules.wait_limit
         return min(self.waiting.next_expiry(limit), self.exempt.next_expiry(limit))
+
+    def overdue_at(self, request: int) -> float:
+        """When a request that was just sent reaches `request_timeout`; infinity if it does not."""
+        return self._overtime.overdue_at(request)
+
+    def next_overdue(self) -> float:
+        """When there is something to do about requests that run for too long; or sooner."""
+        due = self._overtime.due(self.rules.grace)
+        return min(due, self._quota.next) if self._stuck else due
 
     def retry_after(self, now: float) -> int:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
@@ -279,6 +326,14 @@ class Decisions:
         self._end(self.processes[age], request)
         return self._start(now)
 
+    def overdue(self, age: int, request: int) -> bool:
+        """The process says that a request has reached `request_timeout`; whether it is its own."""
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return False
+        process.overdue.add(request)
+        return True
+
     def unsent(self, age: int, request: int, now: float) -> list[Action]:
         """The message could not be delivered: undo the start, send nothing until `sendable`."""
         process = self.processes[age]
@@ -324,11 +379,16 @@ class Decisions:
 
     def died(self, age: int, unread: Collection[int], now: float) -> list[Action]:
         """A process is dead. What it had not begun to read goes back to the head of the queue."""
-        process = self._forget(age)
+        process = self.processes.get(age)
         if process is None:
             return []
+        lost: list[Action] = [
+            Lost(r, process.killed and self._is_overdue(process, r, now))
+            for r in process.requests
+            if r not in unread
+        ]
+        self._forget(age)
         self._put_back([(r, wait) for r, wait in process.requests.items() if r in unread])
-        lost: list[Action] = [Lost(r) for r in process.requests if r not in unread]
         return lost + self._changed() + self._start(now)
 
     # Events from the master, and from the clock.
@@ -359,10 +419,12 @@ class Decisions:
         return self._changed()
 
     def tick(self, now: float) -> list[Action]:
-        """Refuse what has waited long enough; start what a change of processes allows."""
+        """Refuse what has waited long enough, see to what runs for longer than
+        `request_timeout`, and start what a change of processes allows."""
         limit = self.rules.wait_limit
         late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
-        return [*(Refuse(request, Why.WAITED) for request in late), *self._start(now)]
+        overdue = self._see_to_overdue(now) if self._overtime or self._stuck else []
+        return [*(Refuse(request, Why.WAITED) for request in late), *overdue, *self._start(now)]
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
@@ -385,15 +447,18 @@ class Decisions:
         """Send what waits while there are credits and the cap allows; what is exempt first."""
         started: list[Action] = []
         while self.exempt and (process := self._least_busy_for_exempt()):
-            started.append(self._begin(process, *self.exempt.take()))
+            started.append(self._begin(now, process, *self.exempt.take()))
         while self.waiting and (process := self._least_busy()):
-            started.append(self._begin(process, *self.waiting.take()))
+            started.append(self._begin(now, process, *self.waiting.take()))
             self._rate.count(now)
         return started
 
-    def _begin(self, process: Process, request: int, wait: Wait) -> Send:
+    def _begin(self, now: float, process: Process, request: int, wait: Wait) -> Send:
         process.requests[request] = wait
         process.free -= 1
+        if self.rules.request_timeout is not None:
+            overdue_at = now + self.rules.request_timeout
+            self._overtime.start(request, process.age, overdue_at)
         self._starts += 1
         process.last_start = self._starts
         self._count(process, wait, 1)
@@ -401,6 +466,7 @@ class Decisions:
 
     def _end(self, process: Process, request: int) -> Wait:
         wait = process.requests.pop(request)
+        self._untime(process, request)
         process.free += 1
         self._count(process, wait, -1)
         return wait
@@ -479,6 +545,52 @@ class Decisions:
             return True
         return not (self.booting or self.cannot_load) and len(present) >= wanted
 
+    def _see_to_overdue(self, now: float) -> list[Action]:
+        """Inspect processes that are silent; end those with requests that have had their grace."""
+        grace = self.rules.grace
+        actions: list[Action] = [
+            Inspect(age)
+            for request, age in self._overtime.silent(now, grace)
+            if request not in self.processes[age].overdue
+        ]
+        for request, age in self._overtime.stuck(now, grace):
+            self.processes[age].stuck.add(request)
+            self._stuck.add(age)
+        self._quota.forget(now)
+        for age in sorted(self._stuck):
+            actions += self._end_stuck(self.processes[age], now)
+        return actions
+
+    def _end_stuck(self, process: Process, now: float) -> list[Action]:
+        """End a process with stuck requests, as far as may be now.
+
+        It is killed, if it is silent, since then nobody can be asked; or when it runs nothing
+        else. Until then it is dismissed, and finishes; as long as it has slots that work it
+        has to wait until it can be spared.
+        """
+        at_once = process.is_silent or (process.is_idle and not process.free)
+        actions: list[Action] = []
+        if not process.dismissed:
+            may_leave = at_once or self._may_leave(process)
+            if not (may_leave and self._quota.take(max(1, self.rules.processes), now)):
+                return []
+            process.dismissed = True
+            actions = [Dismiss(process.age), *self._changed()]
+        if (at_once or process.is_idle) and not process.killed:
+            process.killed = True
+            actions.append(Kill(process.age))
+        return actions
+
+    def _is_overdue(self, process: Process, request: int, now: float) -> bool:
+        return request in process.stuck or self._overtime.overdue_at(request) <= now
+
+    def _untime(self, process: Process, request: int) -> None:
+        self._overtime.end(request)
+        process.overdue.discard(request)
+        process.stuck.discard(request)
+        if not process.stuck:
+            self._stuck.discard(process.age)
+
     def _undo_start(self, process: Process, request: int) -> None:
         self._put_back([(request, self._end(process, request))])
 
@@ -486,12 +598,13 @@ class Decisions:
         self.processes[process.age] = process
         self.running += process.running
 
-    def _forget(self, age: int) -> Process | None:
+    def _forget(self, age: int) -> None:
         process = self.processes.pop(age, None)
         if process is not None:
             self.running -= process.running
             self._exempt_within -= 0 if process.extra else process.exempt
-        return process
+            for request in process.requests:
+                self._untime(process, request)
 
 
 def _has_credit(process: Process) -> bool:

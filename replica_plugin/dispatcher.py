@@ -28,7 +28,7 @@ from . import answers
 from .channel import Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
-from .decisions import Action, Decisions, Dismiss, Lost, Refuse, Send, Spare
+from .decisions import Action, Decisions, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
 from .guard import Guard
 from .head import Head
 from .heritage import Heritage
@@ -132,6 +132,7 @@ class Dispatcher:
         return min(
             self._clients.next_deadline(),
             self._decisions.next_expiry(),
+            self._decisions.next_overdue(),
             self._journal.next_deadline(),
             self._next_of_stop(),
         )
@@ -215,6 +216,8 @@ class Dispatcher:
             self._on_returned(link, report.request, now)
         elif report.kind is Kind.STALLED:
             self._on_explained(link, report)
+        else:
+            self._on_overdue(link, report, now)
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
@@ -230,7 +233,7 @@ class Dispatcher:
             report.rest.close()
 
     def _on_returned(self, link: Link, request: int, now: float) -> None:
-        if not self._decisions.runs(link.age, request):
+        if not self._decisions.runs(link.age, request) or request not in self._requests:
             return
         self._perform(self._decisions.returned(link.age, request, now), now)
         if request in self._decisions.waiting:
@@ -247,6 +250,19 @@ class Dispatcher:
         else:
             self._perform(self._decisions.turning(link.age, now), now)
 
+    def _on_overdue(self, link: Link, report: Report, now: float) -> None:
+        """The response is ours to give only if the process says so (overdue.py)."""
+        known = self._decisions.overdue(link.age, report.request)
+        conn = self._requests.get(report.request) if known else None
+        self._journal.overdue(conn, link.pid, report.carry.decode("utf-8", "replace"))
+        if conn is not None and report.kind is Kind.OVERDUE:
+            self._answer_overdue(conn, now)
+
+    def _answer_overdue(self, conn: Connection, now: float) -> None:
+        del self._requests[conn.request]
+        answer = answers.overdue(self._decisions.rules.request_timeout)
+        self._clients.answer(conn, answer, now)
+
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
 
@@ -260,17 +276,21 @@ class Dispatcher:
         unread = ours - begun.keys()
         for action in self._decisions.died(link.age, unread, now):
             if isinstance(action, Lost):
-                self._on_lost(action.request, begun.get(action.request, False), now)
+                self._on_lost(action, begun.get(action.request, False), now)
             else:
                 self._perform([action], now)
         for request in filter(self._decisions.waits, unread):
             self._clients.take_back(self._requests[request])
         self._write_table()
 
-    def _on_lost(self, request: int, answering: bool, now: float) -> None:
-        conn = self._requests.pop(request, None)
+    def _on_lost(self, lost: Lost, answering: bool, now: float) -> None:
+        conn = self._requests.get(lost.request)
         if conn is None:  # answered already, in place of the slot
             return
+        if lost.overdue and not answering:
+            self._answer_overdue(conn, now)
+            return
+        del self._requests[lost.request]
         if answering:
             self._clients.close(conn)
         else:
@@ -291,7 +311,11 @@ class Dispatcher:
             elif isinstance(action, Spare):
                 self._spare(now)
             elif isinstance(action, Dismiss):
-                self._processes.dismiss(action.age)
+                self._dismiss(action.age)
+            elif isinstance(action, Inspect):
+                self._processes.inspect(action.age)
+            elif isinstance(action, Kill):
+                self._kill(action.age)
 
     def _send(self, action: Send, now: float) -> None:
         conn = self._requests[action.request]
@@ -304,6 +328,7 @@ class Dispatcher:
             conn.carry,
             self._decisions.stopping,
             now - conn.ready_at,
+            self._decisions.overdue_at(action.request),
         )
         if self._processes.send(action.age, job, conn.fd):
             self._clients.lend(conn)
@@ -324,6 +349,27 @@ class Dispatcher:
     def _spare(self, now: float) -> None:
         self._spared += 1
         self._journal.spared(self._decisions.rules.bound, now)
+
+    def _dismiss(self, age: int) -> None:
+        if self._decisions.processes[age].stuck:
+            self._journal.error(
+                "Process %d has a stuck request: it finishes what else it runs, and is replaced",
+                self._processes.links[age].pid,
+            )
+        self._processes.dismiss(age)
+
+    def _kill(self, age: int) -> None:
+        """The process cannot be asked, or has not found an end."""
+        link, process = self._processes.links[age], self._decisions.processes[age]
+        if process.is_silent:
+            self._journal.error(
+                "Process %d does not answer, and has a stuck request: killing it. "
+                "It may be stopped, or in a call that keeps the GIL. Its stacks:\n%s",
+                link.pid, link.cells.stacks().rstrip("\n") or "(not known)",
+            )  # fmt: skip
+        else:
+            self._journal.error("Process %d runs only stuck requests: killing it", link.pid)
+        self._processes.kill(age)
 
     # What the master wants.
 

@@ -17,6 +17,17 @@ class BootError(ReplicaError, RuntimeError):
     """
 
 
+class OverdueError(BaseException):
+    """Raised in the app's code when a request has run for longer than request_timeout.
+
+    Not an Exception, like KeyboardInterrupt, so that code that deals with its own errors lets
+    it pass. Whoever catches it to clean up raises it again: the client has been answered.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("The request has run for longer than request_timeout.")
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a value stands: `replica.yaml:3` or `environment`, and its key path."""

@@ -20,8 +20,10 @@ from gunicorn.http import wsgi
 from gunicorn.http.errors import NoMoreData
 
 from .channel import LARGEST, End, Job, Kind, Report
-from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, SendTimeoutError
 from .environ import WAITED
+from .errors import OverdueError
+from .overdue import Run
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
 _CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
@@ -55,12 +57,13 @@ class Worker(Protocol):
 class Exchange:
     """One request and its response."""
 
-    def __init__(self, worker: Worker, job: Job, sock: ClientSocket) -> None:
+    def __init__(self, worker: Worker, job: Job, sock: ClientSocket, run: Run) -> None:
         self._worker = worker
         self._cfg = worker.cfg
         self._log = worker.log
         self._job = job
         self._sock = sock
+        self._run = run
         self._parser = _get_parser(worker.cfg, sock, job.client)
         self._parser.req_count = job.number - 1
         self._request: Any = None
@@ -73,7 +76,7 @@ class Exchange:
         try:
             self._request = next(self._parser)
             self._know_proxy()
-            response = self._respond()
+            response = self._run.window(self._respond)
             return self._report(self._end_of(response))
         except BaseException as error:  # CancelledError and the like are none of the slot's
             if self._has_left(error):
@@ -120,6 +123,8 @@ class Exchange:
                 response.force_close()
             self._call_app(environ, response, began)
             return response
+        except OverdueError:
+            raise
         except BaseException:
             if response is not None and response.headers_sent and sock.trouble is None:
                 sock.flush()
@@ -149,7 +154,8 @@ class Exchange:
             sock.flush()
         finally:
             try:
-                self._log.access(response, self._request, environ, datetime.now() - began)
+                if not self._run.is_answered:  # else it is in the log, as it was answered
+                    self._log.access(response, self._request, environ, datetime.now() - began)
             finally:
                 if hasattr(body, "close"):
                     body.close()
@@ -194,9 +200,13 @@ class Exchange:
             self._log.warning("A client took nothing for send_timeout: cut off")
             return End.ABORT
         if trouble is not None:
+            if isinstance(trouble, AnsweredError):
+                return End.ABORT
             if trouble.errno not in _CLIENT_GONE:
                 self._log.exception("Socket error processing request.")
             return End.ABORT
+        if isinstance(error, OverdueError):
+            return End.LINGER if self._sock.written else self._overdue()
         if not isinstance(error, _CutShortError):
             self._worker.handle_error(self._request, self._sock, self._job.client, error)
             return self._told()
@@ -207,6 +217,13 @@ class Exchange:
         mesg = "Nothing of the request's body came for receive_timeout."
         self._log.warning("408: %s", mesg)
         util.write_error(self._sock, 408, "Request Timeout", mesg)
+        return self._told()
+
+    def _overdue(self) -> End:
+        """The dispatcher answers, unless it is not the one that sent the request."""
+        self._sock.discard()
+        if not self._run.is_answered:
+            util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()
 
     def _told(self) -> End:

@@ -52,6 +52,8 @@ from .channel import (
     receive,
 )
 from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .errors import OverdueError
+from .overdue import SIGNAL, Interrupter, Run
 from .pages import STALL
 from .rest import PIECE, queued
 from .slot import Slot
@@ -98,6 +100,9 @@ class GeventWorker(ReplicaWorker):
         gevent.monkey.patch_all()
         gevent.reinit()
         super().init_process()
+
+    def _interrupter(self) -> Interrupter:
+        return GreenInterrupter(self._in_hub)
 
     def _serve(self, slots: list[Slot]) -> None:
         loop = gevent.get_hub().loop
@@ -238,6 +243,47 @@ def _culprit(frame: FrameType | None) -> tuple[int, str | None]:
     while caller is not None and caller.f_code is not Slot._work.__code__:
         caller = caller.f_back
     return (caller.f_locals["job"].request if caller else 0), place
+
+
+class GreenInterrupter:
+    """For slots that are greenlets. It is made in the main thread, where they are.
+
+    The hub raises the exception in a greenlet that waits. A greenlet that runs, and so keeps the
+    hub, has it raised by a signal's handler, which also ends a call that blocks. Whichever comes
+    first: only the main thread takes from `_aims`.
+    """
+
+    here = staticmethod(gevent.getcurrent)
+
+    def __init__(self, in_hub: Callable[..., None]) -> None:
+        self._in_hub = in_hub
+        self._main = _get_ident()
+        self._aims: set[Run] = set()
+        signal.signal(SIGNAL, self._on_signal)
+
+    def frame(self, where: Any) -> FrameType | None:
+        """A greenlet that runs has no frame of its own, but the thread's."""
+        return where.gr_frame or sys._current_frames().get(self._main)
+
+    def strike(self, run: Run) -> None:
+        self._aims.add(run)
+        self._in_hub(self._throw, run)
+        signal.pthread_kill(self._main, SIGNAL)
+
+    def _throw(self, run: Run) -> None:
+        if run in self._aims:
+            self._aims.discard(run)
+            run.where.throw(OverdueError)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        current = gevent.getcurrent()
+        for run in [run for run in self._aims.copy() if run.where is current]:
+            self._aims.discard(run)
+            if run.is_open:
+                raise OverdueError
+
+    def take_back(self, run: Run) -> None:
+        self._aims.discard(run)
 
 
 class GreenEnd(ProcessEnd):

@@ -139,6 +139,7 @@ def _on_reload(arbiter: Arbiter) -> None:
 def _post_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
         _master.restore_timeout()
+        worker.leave_at_once_when_told()  # the master's handlers, inherited, would lose a signal
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:

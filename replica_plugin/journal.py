@@ -123,6 +123,14 @@ class Journal:
             pid, what, stall.share * 100, stall.place,
         )  # fmt: skip
 
+    def overdue(self, conn: Connection | None, pid: int, stack: str) -> None:
+        """A process says that a request has reached request_timeout, and where it is."""
+        method, target, *_ = _lines(conn.head.text if conn and conn.head else b"")
+        self._logger.error(
+            "%s %s in process %d has run for longer than request_timeout; it is at:\n%s",
+            method, target, pid, stack.rstrip("\n"),
+        )  # fmt: skip
+
     def next_deadline(self) -> float:
         return math.inf if self._quiet_until is None else self._quiet_until
 

@@ -30,7 +30,7 @@ import gunicorn
 from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
-from . import journal, ready_file
+from . import journal, overtime, ready_file
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
@@ -144,6 +144,8 @@ class Master:
                 cfg.threads,
                 self.settings.max_replica_concurrency,
                 self.settings.queue_timeout,
+                self.settings.request_timeout,
+                overtime.GRACE,
                 self.settings.overload_dry_run,
             ),
             serving=_serving(self.settings, cfg),

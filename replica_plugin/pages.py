@@ -12,10 +12,12 @@ knew is still there. A page is an anonymous file (memfd), passed on as a descrip
 
 from __future__ import annotations
 
+import faulthandler
 import fcntl
 import json
 import mmap
 import os
+import signal
 import struct
 import time
 import zlib
@@ -28,6 +30,11 @@ _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 STALL = 1.0  # seconds after which a hub that has not turned counts as stalled
+_STACKS = 1 << 16  # bytes of stacks that are read
+
+DUMP = signal.SIGRTMIN + 7
+"""Has a process write the stacks of its threads behind its cells, though the GIL is held."""
+
 _LOAD_SIZE = 1 << 14
 _LOADED_OFFSET = 16
 _NUMBERS = struct.Struct("@dQQQQQQQQQ")  # native: each number is one aligned word
@@ -210,7 +217,8 @@ class Cells:
 
     A cell is one aligned 64-bit word, so a process that dies leaves each either old or new. Two
     more words follow: in gevent mode the process says in one when its hub turned last; in the
-    other one the dispatcher says that it answers in place of all slots.
+    other one the dispatcher says that it answers in place of all slots. Behind them is what the
+    process has written at DUMP.
 
     A response has one writer. A slot says that it answers, then looks whether it still may; the
     dispatcher takes that right away, and looks who answers already in a later turn. So at most
@@ -218,9 +226,9 @@ class Cells:
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
-        size = (slots + 2) * 8
-        self.fd = create("cells", size) if fd is None else fd
-        self._memory = mmap.mmap(self.fd, size)
+        self._size = (slots + 2) * 8
+        self.fd = create("cells", self._size) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, self._size)
         self._words = memoryview(self._memory).cast("Q")
 
     def close(self) -> None:
@@ -257,3 +265,19 @@ class Cells:
         """Whether there is a hub, and it has not turned for STALL."""
         turned: int = self._words[-2]
         return turned > 0 and now - turned / 1e9 > STALL
+
+    def await_dump(self) -> None:
+        """Called in a process's main thread: from now on DUMP has stacks written here.
+
+        By a signal handler in C, which waits for no GIL; the descriptor stays open for it.
+        """
+        try:
+            fd = os.open(f"/proc/self/fd/{self.fd}", os.O_WRONLY | os.O_APPEND)
+        except OSError:  # no /proc: nobody will know, then
+            signal.signal(DUMP, signal.SIG_IGN)
+        else:
+            faulthandler.register(DUMP, fd, all_threads=True)
+
+    def stacks(self) -> str:
+        """What was written at DUMP."""
+        return os.pread(self.fd, _STACKS, self._size).decode("utf-8", "replace")

@@ -36,7 +36,7 @@ from .channel import (
     send,
     send_job,
 )
-from .pages import Cells
+from .pages import DUMP, Cells
 
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
 
@@ -207,6 +207,7 @@ class Processes:
     def _release(self, link: Link) -> None:
         link.channel.close()
         link.cells.close()
+        os.close(link.cells.fd)
         os.close(link.pidfd)
 
     # What processes are told.
@@ -229,6 +230,18 @@ class Processes:
         except OSError as error:
             link.leave_due = True
             self._on_full(link, error)
+
+    def inspect(self, age: int) -> None:
+        """Have a process write its stacks, which can be read soon."""
+        self._signal(age, DUMP)
+
+    def kill(self, age: int) -> None:
+        """End a process. Its death will tell."""
+        self._signal(age, signal.SIGKILL)
+
+    def _signal(self, age: int, number: int) -> None:
+        with suppress(OSError):  # it is dead already
+            signal.pidfd_send_signal(self.links[age].pidfd, number)
 
     def _on_full(self, link: Link, error: OSError) -> None:
         """Wait for room; if the channel is gone, the process's death will tell."""
@@ -255,7 +268,6 @@ def _tie(offer: Register, fds: list[int]) -> Link | None:
     except (OSError, OverflowError, ValueError):
         close_all(fds)
         return None
-    os.close(cells)
     return Link(offer.age, offer.pid, offer.slots, offer.extra, sock, memory, pidfd)
 
 

@@ -14,8 +14,8 @@ next one (ADOPT), with what is known about it.
 
 from __future__ import annotations
 
-import errno
 import socket
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
@@ -33,6 +33,7 @@ from .channel import (
 )
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
+from .overdue import Run, Watch
 from .pages import Cells
 from .rest import Rest
 
@@ -53,12 +54,12 @@ class Process(Worker, Protocol):
 class Slot:
     """One thread's, or greenlet's, place in a process; `index` is its cell."""
 
-    def __init__(self, worker: Process, index: int, cells: Cells) -> None:
+    def __init__(self, worker: Process, index: int, cells: Cells, watch: Watch) -> None:
         self._worker = worker
         self._index = index
         self._cells = cells
+        self._watch = watch
         self._log = worker.log
-        self._sock: ClientSocket | None = None  # while it works on a request
 
     def run(self) -> None:
         """Take requests until the process is dismissed. Never raises, but for SystemExit."""
@@ -94,30 +95,30 @@ class Slot:
             self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
             return
         self._cells.begin(self._index, job.request)
+        run = self._watch.begin(self._index, job.request, job.overdue_at, channel)
         sock = self._worker.client_socket(
             _family(job.client),
             socket.SOCK_STREAM,
             fds[0],
-            self._on_first_byte,
+            self._claim_of(run),
             self._worker.room_for_rest,
         )
-        self._sock = sock
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
-            report = Exchange(self._worker, job, sock).run()
+            report = Exchange(self._worker, job, sock, run).run()
         except BaseException:  # a logger of the user's, say: it must not cost the slot
             with suppress(Exception):
                 self._log.exception("A request could not be brought to its end")
         finally:
             self._report(channel, job, report, sock)
 
-    def _on_first_byte(self) -> None:
-        """Raises BrokenPipeError if the dispatcher has answered in our place."""
-        if not self._cells.answering(self._index):
-            error = BrokenPipeError(errno.EPIPE, "The dispatcher has answered this request")
-            if self._sock is not None:
-                self._sock.trouble = error  # nothing more is sent, and it is no error of the app's
-            raise error
+    def _claim_of(self, run: Run) -> Callable[[], bool]:
+        """Whether the slot may write: not if attendant or dispatcher has it answered elsewhere."""
+
+        def claim() -> bool:
+            return run.claim_for_slot() and self._cells.answering(self._index)
+
+        return claim
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
@@ -128,7 +129,7 @@ class Slot:
             adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
-        self._sock = None
+        self._watch.end(self._index)
         sock.close()
 
     def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:

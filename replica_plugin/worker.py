@@ -32,11 +32,12 @@ from typing import Any
 
 from gunicorn.workers.base import Worker
 
-from . import hook
-from .channel import LEAVING, Adopt, ProcessEnd, Register, send_adopt
+from . import hook, overtime
+from .channel import LEAVING, Adopt, Kind, ProcessEnd, Register, Report, send_adopt
 from .client_socket import ClientSocket
 from .exchange import Settled
 from .loading import Loading
+from .overdue import Interrupter, MainInterrupter, Run, ThreadInterrupter, Watch
 from .pages import Cells
 from .registration import Registration
 from .slot import Slot
@@ -44,6 +45,19 @@ from .slot import Slot
 ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispatcher to say when
 TURN = 1.0  # seconds between two heartbeats at most
 LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
+_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+
+
+def _leave_at_once(number: int, frame: Any) -> None:
+    os._exit(0)
+
+
+# TERM needs no turn of the interpreter, which may be in a long call; QUIT would leave a core.
+_WHILE_LOADING: dict[signal.Signals, Any] = {
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGQUIT: _leave_at_once,
+    signal.SIGINT: _leave_at_once,
+}
 
 
 class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
@@ -88,28 +102,43 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.sockets: list[Any] = []
         super().init_process()
 
+    def init_signals(self) -> None:
+        super().init_signals()
+        self.leave_at_once_when_told()
+
+    def leave_at_once_when_told(self) -> None:
+        """Until the app is loaded there is nothing to finish."""
+        for number, at_once in _WHILE_LOADING.items():
+            signal.signal(number, at_once)
+
     def load_wsgi(self) -> None:
         """Load the app; however long that takes, and whether or not it holds the GIL."""
         far = time.monotonic() + LOAD_TIME
         os.utime(self.tmp.fileno(), (far, far))
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # there is nothing to finish yet
-        if not self.alive:
-            sys.exit(0)
         master = self._master
         loading = Loading(self, master.load_page, master.page, master.replica_page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
         loading.run(super().load_wsgi, staggered)
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:  # else the app wants it
-            signal.signal(signal.SIGTERM, self.handle_exit)
-            signal.siginterrupt(signal.SIGTERM, False)
+        self._heed_signals()
         self.notify()
+
+    def _heed_signals(self) -> None:
+        """Again as gunicorn's `init_signals` has it, but for those that the app has taken."""
+        ours = {signal.SIGTERM: self.handle_exit}
+        ours |= dict.fromkeys((signal.SIGQUIT, signal.SIGINT), self.handle_quit)
+        for number, at_once in _WHILE_LOADING.items():
+            if signal.getsignal(number) is at_once:
+                signal.signal(number, ours[number])
+        signal.siginterrupt(signal.SIGTERM, False)
 
     def run(self) -> None:
         """Serve until dismissed."""
         self.cfg: Any = Settled(self.cfg)
         count = self.cfg.threads + self._extra
         self._cells = Cells(count)
-        slots = [Slot(self, index, self._cells) for index in range(count)]
+        self._cells.await_dump()
+        self._watch = Watch(count, self._interrupter(), self._wake_attendant)
+        slots = [Slot(self, index, self._cells, self._watch) for index in range(count)]
         self._working = len(slots)
         self._serve(slots)
         # The dispatcher may dismiss us before the master's signal comes, which would then kill
@@ -118,6 +147,10 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             signal.signal(number, signal.SIG_IGN)
 
     # What each mode does in its own way.
+
+    def _interrupter(self) -> Interrupter:
+        """How the code of its requests is interrupted."""
+        raise NotImplementedError
 
     def _serve(self, slots: list[Slot]) -> None:
         """Run the slots, and the attendant beside them, until all slots have ended."""
@@ -209,7 +242,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         registration.watch(self.PIPE[0])
         while self._working:
             self._beat()
-            registration.wait(min(self.turn, self.timeout or TURN))
+            registration.wait(min(self.turn, self.timeout or TURN, self._see_to_overdue()))
             self._read_signals()
             if not self.alive or self.ppid != os.getppid():
                 self._leave()
@@ -244,9 +277,37 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         if not self._is_stuck():
             self.notify()
 
+    def _see_to_overdue(self) -> float:
+        """What runs for longer than request_timeout; seconds until the next look.
+
+        What a dispatcher of before has sent is nobody's to count, so it is for us to leave.
+        """
+        now, channel = time.monotonic(), self._channel
+        if self._watch.outlives(now - overtime.GRACE, channel):
+            self.alive = False
+        return max(0.0, self._watch.look(now, channel, self._tell_overdue) - now)
+
+    def _tell_overdue(self, run: Run, answered: bool) -> bool:
+        channel = self._channel
+        if channel is None:
+            return False
+        kind = Kind.OVERDUE if answered else Kind.UNFINISHED
+        stack = run.tale.encode("utf-8", "replace")
+        try:
+            channel.sock.send(Report(kind, run.request, carry=stack).encode(), _NOW)
+        except OSError:  # no room, or a dispatcher that died: again in the next turn
+            return False
+        return True
+
     def _is_overdue(self) -> bool:
-        since = self._dismissed_at
-        return since is not None and time.monotonic() - since > self.cfg.graceful_timeout
+        """Whether a process that was told to leave has had its time.
+
+        Not one that is dismissed for a stuck request: what else it runs has request_timeout.
+        """
+        if self._dismissed_at is None or self._leaving_since is None:
+            return False
+        since = max(self._dismissed_at, self._leaving_since)
+        return bool(time.monotonic() - since > self.cfg.graceful_timeout)
 
     def _give_up(self) -> None:
         """End with requests running. With t = 1 the main thread is stuck in one of them."""
@@ -271,7 +332,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     # What the registration asks and tells.
 
     def _describe(self, again: bool) -> Register:
-        leaving = self._leaving_since is not None
+        leaving = self._leaving_since is not None or not self.serving
         return Register(os.getpid(), self.age, self.cfg.threads, again, leaving, self._extra)
 
 
@@ -285,6 +346,9 @@ class ThreadWorker(ReplicaWorker):
         self._change = threading.Condition()
         self._busy_with: dict[int, bool] = {}
         self._busy_since = 0.0
+
+    def _interrupter(self) -> Interrupter:
+        return MainInterrupter() if self.cfg.threads == 1 else ThreadInterrupter()
 
     def _serve(self, slots: list[Slot]) -> None:
         if len(slots) == 1:

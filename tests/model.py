@@ -14,6 +14,8 @@ from replica_plugin.decisions import (
     EXEMPT_QUEUE,
     Decisions,
     Dismiss,
+    Inspect,
+    Kill,
     Lost,
     Refuse,
     Rules,
@@ -21,6 +23,7 @@ from replica_plugin.decisions import (
     Spare,
     Why,
 )
+from replica_plugin.overtime import CALM, SILENCE
 
 
 @dataclass
@@ -40,6 +43,28 @@ class Known:
     last_sent: int = 0
     extra: int = 0
     exempt: set[int] = field(default_factory=set)  # of what was sent
+    limits: dict[int, float] = field(default_factory=dict)  # when what was sent is overdue
+    said: set[int] = field(default_factory=set)  # of which it said that they are
+    stuck: set[int] = field(default_factory=set)  # as of the last look at the clock
+    inspected: set[int] = field(default_factory=set)
+    killed: bool = False
+
+    def end(self, request: int) -> None:
+        self.sent.remove(request)
+        self.exempt.discard(request)
+        self.credits += 1
+        self.limits.pop(request, None)
+        for some in (self.said, self.stuck, self.inspected):
+            some.discard(request)
+
+    def silent(self) -> bool:
+        return bool(self.stuck - self.said)
+
+    def idle(self) -> bool:
+        return self.busy() == len(self.stuck)
+
+    def useless(self) -> bool:
+        return self.silent() or (self.idle() and not self.credits)
 
     def running(self) -> int:
         counted = self.sent - self.exempt if self.extra else self.sent
@@ -50,11 +75,6 @@ class Known:
 
     def in_flight(self) -> int:
         return len(self.sent - self.exempt) + min(self.owed, self.slots)
-
-    def forget(self, request: int) -> None:
-        self.sent.remove(request)
-        self.exempt.discard(request)
-        self.credits += 1
 
 
 class Model:
@@ -74,10 +94,13 @@ class Model:
         self.was_ready = was_ready
         self.sends = 0
         self.spared = 0
+        self.now = 0.0
+        self.ends: list[float] = []  # when processes were ended because of stuck requests
 
     # Events, each with what was answered.
 
     def ready(self, request, now, patience, exempt, actions):
+        self.now = now
         self.ready_at[request] = now
         self.patience[request] = patience
         if self.given_up:
@@ -120,6 +143,7 @@ class Model:
         self._judge_who_leaves(actions)
 
     def freed(self, age, now, actions):
+        self.now = now
         process = self.processes[age]
         process.credits += 1
         process.owed = max(0, process.owed - 1)
@@ -127,14 +151,20 @@ class Model:
         self._judge(actions)
 
     def done(self, age, request, now, actions):
-        self.processes[age].forget(request)
+        self.now = now
+        self.processes[age].end(request)
         self._judge(actions)
+
+    def overdue(self, age, request, actions):
+        assert actions is True
+        self.processes[age].said.add(request)
 
     def unsent(self, age, request, now, actions):
         self.processes[age].blocked = True
         self.returned(age, request, now, actions)
 
     def sendable(self, age, now, actions):
+        self.now = now
         self.processes[age].blocked = False
         self._judge(actions)
 
@@ -143,11 +173,13 @@ class Model:
         self.processes[age].stalled = True
 
     def turning(self, age, now, actions):
+        self.now = now
         self.processes[age].stalled = False
         self._judge(actions)
 
     def returned(self, age, request, now, actions):
-        self.processes[age].forget(request)
+        self.now = now
+        self.processes[age].end(request)
         self._wait_again({request})
         self._judge(actions)
 
@@ -156,13 +188,18 @@ class Model:
         self._judge_who_leaves(actions)
 
     def died(self, age, unread, now, actions):
+        self.now = now
         dead = self.processes.pop(age)
-        lost = [each.request for each in actions if isinstance(each, Lost)]
-        assert sorted(lost) == sorted(dead.sent - unread), "P6: lost are those it had begun to read"
+        lost = {each.request: each.overdue for each in actions if isinstance(each, Lost)}
+        assert lost.keys() == dead.sent - unread, "P6: lost are those it had begun to read"
+        for request, overdue in lost.items():
+            late = dead.limits.get(request, math.inf) <= now
+            assert overdue == (dead.killed and late), "P11: 504 for what was overdue, else 502"
         self._wait_again(dead.sent & unread)
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
     def ruled(self, rules, live, now, failed, actions):
+        self.now = now
         self.rules = rules
         self.live = frozenset(live)
         self.failed = failed
@@ -181,12 +218,16 @@ class Model:
         self._judge_who_leaves(actions)
 
     def tick(self, now, actions):
+        self.now = now
         due = [each for each in self.exempt + self.waiting if self._expiry(each) <= now]
         refused = [Refuse(each, Why.WAITED) for each in due]
         assert actions[: len(due)] == refused, "P10: refused on time"
         self.waiting = [each for each in self.waiting if each not in due]
         self.exempt = [each for each in self.exempt if each not in due]
+        self._see_what_is_stuck()
         self._judge(actions[len(due) :])
+        for process in self.processes.values():
+            self._judge_what_is_left_of(process)
 
     def give_up(self, actions):
         self.given_up = True
@@ -215,8 +256,13 @@ class Model:
 
     def _judge_who_leaves(self, actions):
         for action in actions:
-            assert isinstance(action, Dismiss), f"nobody asked for {action}"
-            self._judge_dismissal(action)
+            if isinstance(action, Inspect):
+                self._judge_inspection(action)
+            elif isinstance(action, Kill):
+                self._judge_killing(action)
+            else:
+                assert isinstance(action, Dismiss), f"nobody asked for {action}"
+                self._judge_dismissal(action)
         for process in self.present():
             assert not self.drained, f"P7: {process} was not dismissed in the end"
             newer = [each for each in self.present() if each.age > process.age]
@@ -245,6 +291,8 @@ class Model:
         process.sent.add(send.request)
         if exempt:
             process.exempt.add(send.request)
+        if self.rules.request_timeout is not None:
+            process.limits[send.request] = self.now + self.rules.request_timeout
         process.credits -= 1
         slots = process.slots + process.extra
         assert process.busy() + process.credits <= slots, "P2: never more than its slots"
@@ -255,14 +303,65 @@ class Model:
     def _judge_dismissal(self, dismiss):
         process = self.processes[dismiss.age]
         assert process.registered and not process.dismissed, "dismissed once"
-        assert process.leaving or self.drained, "P7: nobody leaves unasked"
-        if self.stopping:
+        assert process.leaving or self.drained or process.stuck, "P7: nobody leaves unasked"
+        if process.stuck and not self._may_leave(process):
+            assert process.useless(), "P7: as long as it has slots that work it is spared"
+        elif self.stopping:
             assert self.drained, "P7: in a stop processes stay until nothing is left"
         elif len(self.present()) <= self.rules.processes:  # one less is one too few
             assert not self.loading(), "P7: not below p while a successor loads"
             assert not (self.failed and self.cannot_load()), "P7: not below p while none can load"
             assert len(self.present()) == self.rules.processes, "P7: one at a time"
+        if not (self._may_leave(process) and (process.leaving or self.drained)):
+            assert self._may_end_another(), "P11: not more often than is promised"
+            self.ends.append(self.now)
         process.dismissed = True
+
+    def _may_leave(self, process):
+        if self.stopping:
+            return self.drained
+        newer = [each for each in self.present() if each.age > process.age]
+        enough = len(self.present()) >= self.rules.processes
+        spared = enough and not self.loading() and not (self.failed and self.cannot_load())
+        return len(newer) >= self.rules.processes or spared
+
+    def _may_end_another(self):
+        lately = [at for at in self.ends if at > self.now - CALM]
+        return len(lately) < max(1, self.rules.processes)
+
+    # Requests that run for too long.
+
+    def _see_what_is_stuck(self):
+        for process in self.processes.values():
+            for request, overdue_at in process.limits.items():
+                if overdue_at + self.rules.grace <= self.now:
+                    process.stuck.add(request)
+
+    def _unheard(self, process):
+        silence = min(SILENCE, self.rules.grace / 2)
+        late = {r for r, overdue_at in process.limits.items() if overdue_at + silence <= self.now}
+        return late - process.said
+
+    def _judge_inspection(self, inspect):
+        process = self.processes[inspect.age]
+        due = self._unheard(process) - process.inspected
+        assert due, "P11: it has said all it has to say, or there is time yet"
+        process.inspected.add(min(due, key=process.limits.__getitem__))
+
+    def _judge_killing(self, kill):
+        process = self.processes[kill.age]
+        assert process.stuck and process.dismissed and not process.killed
+        assert process.useless() or process.idle(), "P11: what else it runs goes on"
+        process.killed = True
+
+    def _judge_what_is_left_of(self, process):
+        assert self._unheard(process) <= process.inspected | process.stuck, "P11: seen in time"
+        if process.stuck and not process.killed:
+            may = process.dismissed or self._may_end_another()
+            can = process.useless() or process.dismissed or self._may_leave(process)
+            assert not (may and can) or (process.dismissed and not process.idle()), (
+                "P11: a process with a stuck request is ended"
+            )
 
     # What follows from the state.
 

@@ -27,6 +27,7 @@ class OtherServer(Server):
         files: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = folder
+        self.mode = "thread"
         self.log_path = folder / "log"
         self.write_config(config or {})
         write_files(folder, files or {})

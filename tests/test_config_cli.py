@@ -97,6 +97,7 @@ def test_check_shows_the_settings_and_what_they_mean(
         "max_replica_concurrency     1024    default\n"
         "target_replica_concurrency  4       default\n"
         "queue_timeout               90s     REPLICA_QUEUE_TIMEOUT\n"
+        "request_timeout             none    default\n"
         "overload_status             503     default\n"
         "overload_dry_run            false   default\n"
         "request_buffer              1Mi     default\n"
@@ -153,7 +154,7 @@ def test_check_tells_the_settings_to_programs(capsys: Output) -> None:
     assert main(["check", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["settings"]["queue_timeout"] == {"value": 60.0, "from": "replica.yaml:1"}
-    assert "request_timeout" not in told["settings"]
+    assert "admin_bind" not in told["settings"]
     del told["settings"]
     assert told == {"ok": True, "problems": [], "file": "replica.yaml", "notes": []}
 

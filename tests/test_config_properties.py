@@ -29,6 +29,7 @@ def any_settings(draw: st.DrawFn) -> Settings:
         max_replica_concurrency=bound,
         target_replica_concurrency=draw(st.floats(0, bound, exclude_min=True)),
         queue_timeout=draw(st.none() | seconds),
+        request_timeout=draw(st.none() | seconds),
         overload_status=draw(st.sampled_from((503, 429))),
         overload_dry_run=draw(st.booleans()),
         request_buffer=draw(
@@ -48,7 +49,7 @@ def any_settings(draw: st.DrawFn) -> Settings:
 def written(settings: Settings) -> dict[str, str]:
     """The settings key by key, without those that cannot be written, as they mean none."""
     values = {key.name: getattr(settings, key.name) for key in supported()}
-    for key in ("queue_timeout", "ready_file", "exempt"):
+    for key in ("queue_timeout", "ready_file", "request_timeout", "exempt"):
         if values[key] in (None, ()):
             del values[key]
     return {key: show(key, value) for key, value in values.items()}

@@ -221,7 +221,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "seen"),
     [
-        ("request_timeout", "5s", '"5s"'),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),
         ("admin_bind", "unix:/run/admin.sock", '"unix:/run/admin.sock"'),
     ],

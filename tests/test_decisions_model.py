@@ -37,6 +37,8 @@ rules = st.builds(
     bound=st.integers(1, 12),
     queue_timeout=st.sampled_from([None, 0.5, 1.0]),
     dry_run=st.sampled_from([False, False, False, True]),
+    request_timeout=st.sampled_from([None, 0.25, 0.25, 1.0]),
+    grace=st.sampled_from([0.5, 1.0]),
 )
 events = 0
 
@@ -279,9 +281,9 @@ class Histories(RuleBasedStateMachine):
         events += world.events
 
 
-def run(examples: int, steps: int) -> None:
+def run(examples: int, steps: int, histories: type[RuleBasedStateMachine] = Histories) -> None:
     run_state_machine_as_test(
-        Histories,
+        histories,
         settings=settings(
             max_examples=examples,
             stateful_step_count=steps,

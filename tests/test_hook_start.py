@@ -186,6 +186,20 @@ def test_a_users_settings_below_our_line_win_and_it_is_said_once(start):
 # What overrides us.
 
 
+@pytest.mark.parametrize(("threads", "timeout", "told"), [(1, 30, 1), (1, 0, 0), (2, 30, 0)])
+def test_with_one_thread_a_timeout_that_comes_before_request_timeout_is_said(
+    start, threads, timeout, told
+):
+    config = {"request_timeout": "30s", "threads_per_process": threads}
+    server = start("--timeout", str(timeout), config=config)
+    said = [
+        "Conflict: gunicorn's timeout (30 s) comes before request_timeout: 30 s "
+        "(replica.yaml:1), and ends the process of a stuck request. "
+        "Set --timeout above 40, or a shorter request_timeout."
+    ]
+    assert messages(server.log, "WARNING") == said[:told]
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "p", "t"),
     [
@@ -380,9 +394,7 @@ def test_our_worker_class_alone_is_enough_and_the_conflict_is_logged(start, stag
 
 
 LACKING = {
-    "epoll": "import select\ndel select.epoll\n",
-    "any epoll": "import select\nfor n in [n for n in dir(select) if 'EPOLL' in n.upper()]:\n"
-    "    delattr(select, n)\n",
+    "Linux": "import sys\nsys.platform = 'freebsd14'\n",
     "pidfd_open": "import os\ndel os.pidfd_open\n",
     "memfd_create": "import os\ndel os.memfd_create\n",
     "eventfd": "import os\ndel os.eventfd\n",

@@ -38,6 +38,8 @@ def test_hup_to_an_app_that_cannot_load_is_logged_and_the_old_processes_serve_on
         fail_a_reload(server, 2)
         wait_for(lambda: server.workers == old, "the end of those that failed")
         load.go_on(50)
+        server.wait_numbers(processes=2, slots=4)
+        assert server.workers == old
         assert server.log.count("The app cannot be loaded\nTraceback (most recent") == 2
         deploy(server, APP.replace("here", "there"))
         server.tell(signal.SIGHUP)
@@ -155,6 +157,16 @@ def test_the_next_hup_ends_those_that_still_load_at_once(start, stage):
     for _ in range(2):
         stage.next().finish()
     wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
+def test_a_stop_does_not_wait_for_those_that_still_load(start, stage, number):
+    options = ("--graceful-timeout", "600")
+    server = start(*options, config={"processes_per_replica": 3}, env=HELD, ready=False)
+    loading = stage.next()
+    wait_for(lambda: len(server.workers) == 3, "all processes")
+    assert server.stop(number) == 0
+    assert loading.vanished()
 
 
 @pytest.mark.parametrize("base", [("-c", "python:replica_plugin.conf"), ("-c", "own.py")])

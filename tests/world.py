@@ -19,7 +19,17 @@ from typing import Any
 
 from model import Model
 
-from replica_plugin.decisions import Action, Decisions, Lost, Refuse, Rules, Send, Spare
+from replica_plugin.decisions import (
+    Action,
+    Decisions,
+    Dismiss,
+    Kill,
+    Lost,
+    Refuse,
+    Rules,
+    Send,
+    Spare,
+)
 
 
 @dataclass(eq=False)
@@ -208,6 +218,13 @@ class World:
             worker.starting += 1
             self.free(worker)
 
+    def say_overdue(self, worker: Worker) -> None:
+        """Its attendant has a look at what its slots have begun."""
+        for request in list(worker.reading) if self._has_link(worker) else ():
+            limits = self.model.processes[worker.age].limits
+            if limits.get(request, math.inf) <= self.now:
+                self.tell("overdue", worker.age, request)
+
     def stall(self, worker: Worker) -> None:
         """Its slots stand still. The dispatcher sees it."""
         if not worker.stalled and self._is_known(worker):
@@ -346,7 +363,7 @@ class World:
         actions = getattr(self.decisions, event)(*arguments)
         getattr(self.model, event)(*arguments, actions)
         self.model.agree(self.decisions)
-        for action in actions or ():
+        for action in actions if isinstance(actions, list) else ():
             self._perform(action)
 
     def _perform(self, action: Action) -> None:
@@ -358,7 +375,10 @@ class World:
             assert self.requests[action.request] == "waiting"
         elif isinstance(action, Lost):
             self._end(action.request, "sent", "lost")
-        else:
+        elif isinstance(action, Kill):
+            if self.table[action.age].alive:
+                self.die(self.table[action.age])
+        elif isinstance(action, Dismiss):
             worker = self.table[action.age]
             worker.leave_due = worker.full
             worker.dismissed = worker.dismissed or not worker.full

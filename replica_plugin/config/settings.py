@@ -65,9 +65,12 @@ class Settings:
         Duration(above=0), None, "how long a request may wait for a slot before it gets 503",
         example="10s",
     )  # fmt: skip
-    request_timeout: float | None = _later(
-        Duration(above=0), None, "how long a request may run before it gets 504"
-    )
+    request_timeout: float | None = _key(
+        Duration(above=0), None,
+        "how long a request may run, its response included, before it is interrupted, "
+        "and answered 504 if nothing was sent yet",
+        example="30s",
+    )  # fmt: skip
     overload_status: int = _key(
         Choice((503, 429)), 503, "the status of a refusal above max_replica_concurrency"
     )

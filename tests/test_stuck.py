@@ -1,0 +1,198 @@
+"""P11: requests that run for longer than request_timeout, on real servers."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import signal
+
+import pytest
+from server import IN_BOTH_MODES, Load, Server, wait_for
+from stage import Stage
+
+LIMIT = 0.5
+SHORT_GRACE = """\
+from replica_plugin import overtime
+overtime.GRACE = 1.0
+from replica_plugin.conf import *
+"""
+TOLD = b"The app did not answer within request_timeout (0.5 s).\n"
+
+
+@pytest.fixture
+def stage(start) -> Stage:
+    return start.stage
+
+
+@pytest.fixture
+def serve(start):
+    """A server with a short request_timeout; and with a short grace, if it is to end anything."""
+
+    def serve(threads: int, processes: int = 1, grace: bool = False, *arguments: str) -> Server:
+        config = {
+            "processes_per_replica": processes,
+            "threads_per_process": threads,
+            "request_timeout": LIMIT,
+        }
+        base = ("-c", "short.py") if grace else ("-c", "python:replica_plugin.conf")
+        files = {"short.py": SHORT_GRACE} if grace else None
+        app = "stuck_app:application"
+        return start(
+            "--access-logfile", "-", *arguments, config=config, app=app, base=base, files=files
+        )
+
+    return serve
+
+
+def let(stage: Stage, name: str) -> int:
+    """Let the request of this name get stuck; the pid of its process."""
+    actor = stage.next()
+    assert actor.name == name
+    actor.finish()
+    return actor.pid
+
+
+both = pytest.mark.parametrize("threads", [1, 2])
+
+
+@IN_BOTH_MODES
+@both
+@pytest.mark.parametrize("how", ["spin", "clean"])
+def test_python_code_is_interrupted_and_its_slot_goes_on(serve, stage, threads, how):
+    server = serve(threads)
+    stuck = server.later(f"/{how}/x")
+    pid = let(stage, "x")
+    reply = stuck.result()
+    assert (reply.status, reply.body, reply.headers["Connection"]) == (504, TOLD, "close")
+    server.wait_numbers(running=0, processes=1)
+    assert server.get("/count").json == {"ended": int(how == "clean"), "pid": pid}
+    server.wait_log(rf"GET /{how}/x in process {pid} has run for longer than request_timeout")
+    assert re.search(r'stuck_app.py", line \d+, in spin', server.log)
+    assert re.findall(rf'"GET /{how}/x HTTP/1.1" (\d+)', server.log) == ["504"]
+    assert f"504: {TOLD.decode().strip()}" in server.log
+
+
+@IN_BOTH_MODES
+@pytest.mark.parametrize("how", ["sleep/100", "read/sleep"])
+def test_with_one_thread_a_call_that_blocks_is_interrupted(serve, stage, how):
+    server = serve(1)
+    stuck = server.later(f"/{how}")
+    pid = let(stage, "sleep")
+    assert stuck.result().status == 504
+    server.wait_numbers(running=0)
+    assert server.get("/count").json["pid"] == pid
+
+
+def test_a_call_that_blocks_beside_others_is_answered_in_time_and_keeps_its_slot_until_it_ends(
+    serve, stage
+):
+    """With two threads there is no way to end a sleep; what waits gets the slot when it ends."""
+    server = serve(2)
+    stuck = [server.later("/sleep/3") for _ in range(2)]
+    (pid,) = {let(stage, "sleep") for _ in range(2)}
+    assert [each.result().status for each in stuck] == [504] * 2
+    waiting = server.later("/count")
+    server.wait_numbers(running=2, waiting=1)
+    assert waiting.result().json["pid"] == pid
+    server.wait_numbers(running=0)
+
+
+@IN_BOTH_MODES
+@both
+def test_a_response_that_has_begun_is_cut_short_and_its_slot_goes_on(serve, stage, threads):
+    server = serve(threads)
+    with server.connect() as client:
+        client.ask("/begun/x")
+        pid = let(stage, "x")
+        with pytest.raises(http.client.IncompleteRead) as cut:
+            client.reply()
+        assert cut.value.partial == b"some"
+    server.wait_numbers(running=0)
+    assert server.get("/count").json["pid"] == pid
+    assert re.findall(r'"GET /begun/x HTTP/1.1" (\d+)', server.log) == ["200"]
+
+
+@IN_BOTH_MODES
+@both
+def test_code_that_swallows_the_interrupt_keeps_its_slot_until_it_ends(serve, stage, threads):
+    server = serve(threads)
+    stuck = server.later("/swallow/x")
+    pid = let(stage, "x")
+    assert stuck.result().status == 504
+    actor = stage.next()
+    assert actor.name == "x-swallowed"
+    server.wait_numbers(running=1, processes=1)
+    actor.finish()
+    server.wait_numbers(running=0)
+    assert server.get("/count").json["pid"] == pid
+
+
+@IN_BOTH_MODES
+@both
+def test_code_that_does_not_end_within_the_grace_costs_its_process_and_nobody_else(
+    serve, stage, threads
+):
+    server = serve(threads, 2, True)
+    stuck = server.later("/swallow/x")
+    pid = let(stage, "x")
+    with Load(server) as load:
+        assert stuck.result().status == 504
+        assert stage.next().vanished()
+        wait_for(lambda: len(server.workers) == 2 and pid not in server.workers, "a successor")
+        server.wait_numbers(processes=2)
+        load.go_on(20)
+    assert load.failures == []
+    server.wait_log(f"Process {pid} runs only stuck requests: killing it")
+
+
+@IN_BOTH_MODES
+@both
+def test_code_that_keeps_the_gil_costs_its_process_and_what_waits_goes_on(serve, stage, threads):
+    server = serve(threads, 1, True)
+    stuck = server.later("/grip/x")
+    pid = let(stage, "x")
+    waiting = [server.later("/count") for _ in range(3)]
+    reply = stuck.result()
+    assert (reply.status, reply.body) == (504, TOLD)
+    assert {each.result().status for each in waiting} == {200}
+    assert pid not in {each.result().json["pid"] for each in waiting}
+    server.wait_log(f"Process {pid} does not answer, and has a stuck request: killing it.")
+    assert re.search(r'stuck_app.py", line \d+ in grip', server.log)
+    assert re.findall(r'"GET /grip/x HTTP/1.1" (\d+)', server.log) == ["504"]
+
+
+@IN_BOTH_MODES
+def test_a_process_that_is_stopped_is_killed_and_its_request_answered(serve, stage):
+    server = serve(1, 1, True)
+    stuck = server.later("/hold/x")
+    actor = stage.next()
+    server.tell(signal.SIGSTOP, actor.pid)
+    assert stuck.result().status == 504
+    assert actor.vanished()
+    assert server.get("/count").json["pid"] != actor.pid
+    server.wait_log(r"Its stacks:\n\(not known\)")
+
+
+@IN_BOTH_MODES
+@both
+def test_without_the_dispatcher_that_sent_it_the_slot_answers(serve, stage, threads):
+    server = serve(threads)
+    stuck = server.later("/spin/x")
+    actor = stage.next()
+    old = server.dispatcher
+    server.tell(signal.SIGKILL, old)
+    wait_for(lambda: server.children(server.supervisor) not in ([], [old]), "the next dispatcher")
+    actor.finish()
+    reply = stuck.result()
+    assert (reply.status, b"longer than request_timeout" in reply.body) == (504, True)
+    server.wait_numbers(running=0)
+    assert server.get("/count").json["pid"] == actor.pid
+
+
+@IN_BOTH_MODES
+def test_requests_that_end_in_time_are_left_alone(serve, stage):
+    server = serve(2, 2)
+    with Load(server, "/near/0.01") as load:
+        load.go_on(200)
+    assert load.failures == []
+    assert "request_timeout" not in server.log
