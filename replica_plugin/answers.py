@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+import time
 from dataclasses import dataclass
 from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
 
 from gunicorn import SERVER
 
-from .decisions import Rules, Why
+from .decisions import EXEMPT_QUEUE, Rules, Why
 
 _JSON = re.compile(
     rb"\r\naccept:[^\r\n]*\bapplication/(?:[\w.-]+\+)?json(?![\w.+-])"
@@ -30,16 +33,9 @@ class Answer:
 
     def encode(self, head: bytes, keep_alive: bool, bodiless: bool) -> bytes:
         """The bytes for the client whose request had this head: JSON if it accepts JSON."""
-        fields, content = self.content(head)
-        lines = [
-            f"HTTP/1.1 {self._status_line}",
-            f"Server: {SERVER}",
-            f"Date: {formatdate(usegmt=True)}",
-            f"Connection: {'keep-alive' if keep_alive else 'close'}",
-            *(f"{name}: {value}" for name, value in fields),
-        ]
-        text = "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n"
-        return text if bodiless else text + content
+        start, end, content = _encoded(self, _takes_json(head), keep_alive)
+        parts = (start, _date(int(time.time())), end)
+        return b"".join(parts if bodiless else (*parts, content))
 
     def as_wsgi(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         """The same answer, from within a WSGI app."""
@@ -50,7 +46,10 @@ class Answer:
 
     def content(self, head: bytes) -> tuple[list[tuple[str, str]], bytes]:
         """Header fields and body for the client whose request had this head."""
-        if _JSON.search(head):
+        return self._content(_takes_json(head))
+
+    def _content(self, as_json: bool) -> tuple[list[tuple[str, str]], bytes]:
+        if as_json:
             state = {"error": HTTPStatus(self.status).phrase, "detail": self.text}
             kind, body = "application/json", f"{json.dumps(state)}\n".encode()
         else:
@@ -69,8 +68,35 @@ class Answer:
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
-def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> Answer:
-    """What a client is told whose request was refused."""
+def _takes_json(head: bytes) -> bool:
+    return _JSON.search(head) is not None
+
+
+@lru_cache(512)
+def _encoded(answer: Answer, as_json: bool, keep_alive: bool) -> tuple[bytes, bytes, bytes]:
+    """What comes before the date, what behind it, and the body.
+
+    Kept, since under overload the same answer goes out thousands of times a second.
+    """
+    fields, content = answer._content(as_json)
+    start = f"HTTP/1.1 {answer._status_line}\r\nServer: {SERVER}\r\nDate: "
+    lines = [
+        "",
+        f"Connection: {'keep-alive' if keep_alive else 'close'}",
+        *(f"{name}: {value}" for name, value in fields),
+    ]
+    return start.encode("latin-1"), "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n", content
+
+
+@lru_cache(1)
+def _date(seconds: int) -> bytes:
+    return formatdate(seconds, usegmt=True).encode("latin-1")
+
+
+def refusal(
+    why: Why, rules: Rules, overload_status: int, retry_after: int, patience: float = math.inf
+) -> Answer:
+    """What a client is told whose request was refused. `patience` is its own wait limit."""
     if why is Why.FULL:
         are = "request is" if rules.bound == 1 else "requests are"
         text = (
@@ -78,8 +104,17 @@ def refusal(why: Why, rules: Rules, overload_status: int, retry_after: int) -> A
             f"max_replica_concurrency ({rules.bound}) admits."
         )
         return Answer(overload_status, text, retry_after)
+    if why is Why.CROWDED:
+        text = (
+            "All slots for exempt paths are busy, and "
+            f"{EXEMPT_QUEUE} requests wait for them, as many as may."
+        )
+        return Answer(503, text, 1)
     if why is Why.WAITED:
-        text = f"No slot became free within queue_timeout ({_seconds(rules.queue_timeout)})."
+        name, limit = "queue_timeout", rules.wait_limit
+        if patience < limit:
+            name, limit = "X-Queue-Timeout", patience
+        text = f"No slot became free within {name} ({_seconds(limit)})."
         return Answer(503, text, retry_after)
     return Answer(503, "The server is shutting down, and no slot became free in time.", 1)
 

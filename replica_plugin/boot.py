@@ -9,7 +9,7 @@ import sys
 
 from gunicorn.config import Config
 
-from . import overtime
+from . import machine, overtime
 from .config.load import Loaded
 
 WORKERS = {
@@ -91,6 +91,15 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
     if limit is not None and watched and 0 < cfg.timeout <= limit:
         found.append(_first_comes_timeout(cfg.timeout, limit, loaded))
     return found
+
+
+def shortages(cfg: Config, loaded: Loaded) -> list[str]:
+    """What of the settings this machine does not allow."""
+    if not is_ours(cfg):
+        return []
+    slots = cfg.threads + bool(loaded.settings.exempt)
+    bound = loaded.settings.max_replica_concurrency
+    return machine.shortages(machine.read(), bound, slots, cfg.backlog)
 
 
 def _first_comes_timeout(timeout: int, limit: float, loaded: Loaded) -> str:

@@ -38,6 +38,7 @@ LARGEST = 1 << 16
 """Bytes of the largest message; a connection with more read ahead than fits is closed."""
 
 _REPORT = struct.Struct("=BBQI")
+_RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
@@ -109,16 +110,23 @@ class Report(NamedTuple):
     rest: Rest | None = None
 
     def encode(self) -> bytes:
-        start = _REPORT.pack(self.kind, self.end, self.request, len(self.ahead))
+        end = self.end if self.rest is None else self.end | _RESTS
+        start = _REPORT.pack(self.kind, end, self.request, len(self.ahead))
         return b"".join((start, self.ahead, self.carry))
 
 
 def decode_report(data: bytes, fds: list[int]) -> Report:
-    """Raises ValueError for what no process of ours says; its descriptors are closed then."""
+    """Raises ValueError for what no process of ours says; its descriptors are closed then.
+
+    A rest that did not come along, since we are out of descriptors, is lost: then the
+    connection must not go on.
+    """
     try:
         if len(data) < _REPORT.size:
             raise ValueError("too short for a report")
         kind, end, request, ahead = _REPORT.unpack_from(data)
+        if end & _RESTS:
+            end = end ^ _RESTS if fds else End.ABORT
         split = _REPORT.size + ahead
         if kind >= len(_KINDS) or end >= len(_ENDS) or split > len(data):
             raise ValueError("unknown, or cut short")
@@ -139,13 +147,17 @@ WELCOME = b"W"
 
 @dataclass(frozen=True)
 class Register:
-    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy."""
+    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy.
+
+    `extra` slots, one at most, stand beside the `slots`, for an exempt request.
+    """
 
     pid: int
     age: int
     slots: int
     again: bool
     leaving: bool
+    extra: int = 0
     version: int = VERSION
 
 
@@ -278,12 +290,11 @@ def receive_control(control: socket.socket) -> tuple[Register | Adopt | None, li
 
 
 def _decode_register(fields: dict[str, Any]) -> Register:
-    pid, age, slots = (int(fields[name]) for name in ("pid", "age", "slots"))
-    if slots < 1:
-        raise ValueError("a process without slots")
-    return Register(
-        pid, age, slots, bool(fields["again"]), bool(fields["leaving"]), fields["version"]
-    )
+    pid, age, slots, extra = (int(fields[name]) for name in ("pid", "age", "slots", "extra"))
+    if slots < 1 or extra not in (0, 1):
+        raise ValueError("a process without slots, or with too many")
+    again, leaving = bool(fields["again"]), bool(fields["leaving"])
+    return Register(pid, age, slots, again, leaving, extra, fields["version"])
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:

@@ -42,6 +42,7 @@ _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
 QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
+SHED = 64  # idle connections that are closed at a time when there are too many
 
 
 class Judge(Protocol):
@@ -51,6 +52,7 @@ class Judge(Protocol):
     def on_gone(self, conn: Connection) -> None: ...
     def on_answered(self, conn: Connection, answer: Answer, now: float) -> None: ...
     def on_cut_off(self, conn: Connection, now: float) -> None: ...
+    def on_shortage(self, now: float) -> None: ...
     def probe(self, name: bytes) -> Answer: ...
 
 
@@ -98,7 +100,16 @@ class Clients:
                 self._take(each, now)
                 self.time(each, self._heads, now)
                 self._look(each, now)
+        if self.listeners.is_short:
+            self._judge.on_shortage(now)
+            self._shed()
         return more
+
+    def _shed(self) -> None:
+        """Make room for clients that want something: end connections that are idle."""
+        for conn in self._idle.oldest(SHED):
+            if not conn.unread():
+                self.close(conn)
 
     def adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None:
         """Take on a connection that a slot was working on when our predecessor died."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
+from itertools import islice
 from typing import Generic, TypeVar
 
 Item = TypeVar("Item", bound=Hashable)
@@ -47,6 +48,10 @@ class Deadlines(Generic[Item]):
     def stop(self, item: Item) -> None:
         """The item waits no more; nothing happens if it did not."""
         self._since.pop(item, None)
+
+    def oldest(self, count: int) -> list[Item]:
+        """Those that will expire first."""
+        return list(islice(self._since, count))
 
     def expired(self, now: float) -> Iterator[Item]:
         """Take out the items whose time is over, oldest first."""

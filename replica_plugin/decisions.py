@@ -11,11 +11,19 @@ Invariants, after every event:
    reported done, plus `owed` slots (busy with a request of a dispatcher that died).
 2. A request is sent only against a credit (`free`) of its process, and only while
    `running < processes * threads`. `_start` is the one place that takes a credit.
-3. A request is in exactly one of: `waiting`, the `requests` of one process, or gone.
-4. `waiting` is ordered by request number: the order in which they became ready.
-5. Nothing is admitted while `in_flight >= bound`.
-6. A dismissed process is sent nothing more; a process is dismissed once.
-7. Because of stuck requests (overtime.py) at most p processes are ended in CALM seconds.
+3. A request is in exactly one of: `waiting`, `exempt`, the `requests` of one process, or gone.
+4. `waiting` is ordered by request number: the order in which they became ready. So is `exempt`.
+5. Nothing is admitted while `in_flight >= bound`. In a dry run it is, and the answer says so;
+   `_spared` then tells how many in flight would not be there otherwise.
+6. Exempt requests have a queue of their own. A process with an `extra` slot runs one of them
+   beyond its `slots`: it does not count as running. In one without, it runs within `slots` and
+   the cap, ahead of all that wait; then it counts as running, but not as in flight.
+7. A dismissed process is sent nothing more; a process is dismissed once.
+8. Because of stuck requests (overtime.py) at most p processes are ended in CALM seconds.
+
+The slots of a process are alike, and so are their credits: what makes one of them the extra
+one is how many requests of which kind are sent. Of `owed` slots nobody knows which kind they
+run: as many as may be count as running.
 
 It assumes that request numbers are never used twice, and that `now` never runs backwards.
 """
@@ -23,13 +31,13 @@ It assumes that request numbers are never used twice, and that `now` never runs 
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import NamedTuple
 
 from .overtime import GRACE, Overtime, Quota
+from .queue import Queue, Wait
 from .rate import Rate
 
 
@@ -37,6 +45,7 @@ class Why(Enum):
     """Why a request is answered without having run."""
 
     FULL = "full"
+    CROWDED = "crowded"
     WAITED = "waited"
     STOPPING = "stopping"
 
@@ -53,6 +62,12 @@ class Refuse(NamedTuple):
 
     request: int
     why: Why
+
+
+class Spare(NamedTuple):
+    """This request was admitted in a dry run, and would have been refused."""
+
+    request: int
 
 
 class Lost(NamedTuple):
@@ -80,7 +95,10 @@ class Kill(NamedTuple):
     age: int
 
 
-Action = Send | Refuse | Lost | Dismiss | Inspect | Kill
+EXEMPT_QUEUE = 16
+"""How many exempt requests may wait."""
+
+Action = Send | Refuse | Spare | Lost | Dismiss | Inspect | Kill
 
 
 @dataclass(frozen=True)
@@ -93,11 +111,17 @@ class Rules:
     queue_timeout: float | None = None
     request_timeout: float | None = None
     grace: float = GRACE
+    dry_run: bool = False
 
     @property
     def cap(self) -> int:
         """How many requests may run at once in the replica."""
         return self.processes * self.threads
+
+    @property
+    def wait_limit(self) -> float:
+        """`queue_timeout`, or infinity."""
+        return math.inf if self.queue_timeout is None else self.queue_timeout
 
 
 @dataclass(eq=False)
@@ -114,7 +138,9 @@ class Process:
     blocked: bool = False
     stalled: bool = False
     last_start: int = 0
-    requests: dict[int, float] = field(default_factory=dict)
+    extra: int = 0
+    exempt: int = 0  # of its requests
+    requests: dict[int, Wait] = field(default_factory=dict)
     overdue: set[int] = field(default_factory=set)  # of which the process has said so
     stuck: set[int] = field(default_factory=set)  # those that have had their grace
     killed: bool = False
@@ -127,17 +153,23 @@ class Process:
     @property
     def is_idle(self) -> bool:
         """Whether it runs nothing, but for stuck requests."""
-        return self.running == len(self.stuck)
+        return self.busy == len(self.stuck)
+
+    @property
+    def busy(self) -> int:
+        """How many of its slots are busy, of whatever kind, as far as anybody knows."""
+        return self.owed + len(self.requests)
 
     @property
     def running(self) -> int:
-        """How many of its slots are busy, as far as anybody knows."""
-        return self.owed + len(self.requests)
+        """How many of its slots are busy, as far as anybody knows; the extra one does not count."""
+        beyond = self.exempt if self.extra else 0
+        return min(self.owed, self.slots) + len(self.requests) - beyond
 
     @property
     def is_complete(self) -> bool:
         """Whether each of its slots has come to wait, or works on something."""
-        return self.free + self.running >= self.slots
+        return self.free + self.busy >= self.slots + self.extra
 
 
 class Decisions:
@@ -145,7 +177,8 @@ class Decisions:
 
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
-        self.waiting: OrderedDict[int, float] = OrderedDict()
+        self.waiting = Queue()
+        self.exempt = Queue()
         self.processes: dict[int, Process] = {}
         self.live: frozenset[int] = frozenset()
         self.failed = 0
@@ -156,6 +189,8 @@ class Decisions:
         self.was_ready = False
         self._usable: list[Process] = []
         self._starts = 0
+        self._spared = 0
+        self._exempt_within = 0  # exempt requests that run within the cap
         self._rate = Rate()
         self._overtime = Overtime()
         self._stuck: set[int] = set()  # ages of processes with stuck requests
@@ -168,8 +203,8 @@ class Decisions:
 
     @property
     def in_flight(self) -> int:
-        """Requests waiting plus requests running."""
-        return len(self.waiting) + self.running
+        """Requests waiting plus requests running, without exempt ones."""
+        return len(self.waiting) + self.running - self._exempt_within
 
     @property
     def usable(self) -> int:
@@ -199,10 +234,9 @@ class Decisions:
         return self.usable > 0 or self.booting
 
     def next_expiry(self) -> float:
-        """When the oldest waiting request reaches `queue_timeout`; infinity if none will."""
-        if self.rules.queue_timeout is None or not self.waiting:
-            return math.inf
-        return next(iter(self.waiting.values())) + self.rules.queue_timeout
+        """When a waiting request reaches its wait limit; infinity if none will."""
+        limit = self.rules.wait_limit
+        return min(self.waiting.next_expiry(limit), self.exempt.next_expiry(limit))
 
     def overdue_at(self, request: int) -> float:
         """When a request that was just sent reaches `request_timeout`; infinity if it does not."""
@@ -222,20 +256,42 @@ class Decisions:
         process = self.processes.get(age)
         return process is not None and request in process.requests
 
+    def waits(self, request: int) -> bool:
+        """Whether this request waits to be sent."""
+        return request in self.waiting or request in self.exempt
+
     # Events from clients.
 
-    def ready(self, request: int, now: float) -> list[Action]:
-        """A request has arrived whole. Admit or refuse it; start it if a slot is free."""
+    def ready(
+        self, request: int, now: float, patience: float = math.inf, exempt: bool = False
+    ) -> list[Action]:
+        """A request has arrived whole. Admit or refuse it; start it if a slot is free.
+
+        `patience` is its own wait limit, in seconds.
+        """
         if self.given_up:
             return [Refuse(request, Why.STOPPING)]
-        if self.in_flight >= self.rules.bound:
-            return [Refuse(request, Why.FULL)]
-        self.waiting[request] = now
+        if exempt:
+            return self._ready_exempt(request, Wait(now, now + patience, True), now)
+        spared: list[Action] = []
+        if self._is_full():
+            if not self.rules.dry_run:
+                return [Refuse(request, Why.FULL)]
+            self._spared += 1
+            spared = [Spare(request)]
+        self.waiting.append(request, Wait(now, now + patience))
+        return spared + self._start(now)
+
+    def _ready_exempt(self, request: int, wait: Wait, now: float) -> list[Action]:
+        if len(self.exempt) >= EXEMPT_QUEUE:
+            return [Refuse(request, Why.CROWDED)]
+        self.exempt.append(request, wait)
         return self._start(now)
 
     def gone(self, request: int) -> None:
         """The client of a waiting request left: it will not be run."""
-        self.waiting.pop(request, None)
+        self.waiting.remove(request)
+        self.exempt.remove(request)
 
     # Events from processes.
 
@@ -244,10 +300,10 @@ class Decisions:
         self._forget(age)
         self._remember(Process(age, slots, owed=slots, registered=False))
 
-    def registered(self, age: int, slots: int, owed: int = 0) -> list[Action]:
+    def registered(self, age: int, slots: int, owed: int = 0, extra: int = 0) -> list[Action]:
         """A process has its app loaded. Its credits come one by one, with `freed`."""
         self._forget(age)
-        self._remember(Process(age, slots, owed=owed))
+        self._remember(Process(age, slots, owed=owed, extra=extra))
         return self._changed()
 
     def freed(self, age: int, now: float) -> list[Action]:
@@ -257,8 +313,9 @@ class Decisions:
             return []
         process.free += 1
         if process.owed:
+            before = process.running
             process.owed -= 1
-            self.running -= 1
+            self.running += process.running - before
         self._see_whether_ready()
         return self._start(now)
 
@@ -266,11 +323,7 @@ class Decisions:
         """A slot has finished this request and waits for the next: one credit."""
         if not self.runs(age, request):
             return []
-        process = self.processes[age]
-        del process.requests[request]
-        self._untime(process, request)
-        process.free += 1
-        self.running -= 1
+        self._end(self.processes[age], request)
         return self._start(now)
 
     def overdue(self, age: int, request: int) -> bool:
@@ -335,7 +388,7 @@ class Decisions:
             if r not in unread
         ]
         self._forget(age)
-        self._requeue([(r, at) for r, at in process.requests.items() if r in unread])
+        self._put_back([(r, wait) for r, wait in process.requests.items() if r in unread])
         return lost + self._changed() + self._start(now)
 
     # Events from the master, and from the clock.
@@ -366,48 +419,89 @@ class Decisions:
         return self._changed()
 
     def tick(self, now: float) -> list[Action]:
-        """Refuse what has waited for `queue_timeout`, see to what runs for longer than
+        """Refuse what has waited long enough, see to what runs for longer than
         `request_timeout`, and start what a change of processes allows."""
-        refused: list[Action] = []
-        while self.next_expiry() <= now:
-            refused.append(Refuse(self.waiting.popitem(last=False)[0], Why.WAITED))
+        limit = self.rules.wait_limit
+        late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
         overdue = self._see_to_overdue(now) if self._overtime or self._stuck else []
-        return refused + overdue + self._start(now)
+        return [*(Refuse(request, Why.WAITED) for request in late), *overdue, *self._start(now)]
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
         self.given_up = True
-        refused: list[Action] = [Refuse(request, Why.STOPPING) for request in self.waiting]
-        self.waiting.clear()
-        return refused
+        left = self.exempt.clear() + self.waiting.clear()
+        return [Refuse(request, Why.STOPPING) for request in left]
 
     # How it is decided.
 
+    def _is_full(self) -> bool:
+        """Whether one more is too many, in a replica that had refused all that were.
+
+        In a dry run they are here, too. Each end of a request counts as one of that replica's,
+        as long as it would have had any: it would have been as busy.
+        """
+        self._spared = min(self._spared, self.in_flight) if self.rules.dry_run else 0
+        return self.in_flight - self._spared >= self.rules.bound
+
     def _start(self, now: float) -> list[Action]:
-        """Send from the head of the queue while there are credits and the cap allows."""
+        """Send what waits while there are credits and the cap allows; what is exempt first."""
         started: list[Action] = []
-        cap = self.rules.cap
-        while self.waiting and self.running < cap:
-            process = self._least_busy()
-            if process is None:
-                break
-            request, since = self.waiting.popitem(last=False)
-            process.requests[request] = since
-            process.free -= 1
-            if self.rules.request_timeout is not None:
-                overdue_at = now + self.rules.request_timeout
-                self._overtime.start(request, process.age, overdue_at)
-            self._starts += 1
-            process.last_start = self._starts
-            self.running += 1
+        while self.exempt and (process := self._least_busy_for_exempt()):
+            started.append(self._begin(now, process, *self.exempt.take()))
+        while self.waiting and (process := self._least_busy()):
+            started.append(self._begin(now, process, *self.waiting.take()))
             self._rate.count(now)
-            started.append(Send(request, process.age))
         return started
 
-    def _least_busy(self) -> Process | None:
-        """The usable process with a credit that runs fewest; of equals, the longest unused."""
-        able = [p for p in self._usable if p.free and not p.blocked and not p.stalled]
-        return min(able, key=lambda each: (each.running, each.last_start), default=None)
+    def _begin(self, now: float, process: Process, request: int, wait: Wait) -> Send:
+        process.requests[request] = wait
+        process.free -= 1
+        if self.rules.request_timeout is not None:
+            overdue_at = now + self.rules.request_timeout
+            self._overtime.start(request, process.age, overdue_at)
+        self._starts += 1
+        process.last_start = self._starts
+        self._count(process, wait, 1)
+        return Send(request, process.age)
+
+    def _end(self, process: Process, request: int) -> Wait:
+        wait = process.requests.pop(request)
+        self._untime(process, request)
+        process.free += 1
+        self._count(process, wait, -1)
+        return wait
+
+    def _count(self, process: Process, wait: Wait, change: int) -> None:
+        if not wait.exempt:
+            self.running += change
+            return
+        process.exempt += change
+        if not process.extra:
+            self.running += change
+            self._exempt_within += change
+
+    def _put_back(self, requests: list[tuple[int, Wait]]) -> None:
+        self.waiting.put_back(each for each in requests if not each[1].exempt)
+        self.exempt.put_back(each for each in requests if each[1].exempt)
+
+    def _least_busy_for_exempt(self) -> Process | None:
+        """One whose extra slot is free; or, as for any other request, one that has none."""
+        extra = [p for p in self._usable if p.exempt < p.extra and _has_credit(p)]
+        return min(extra, key=_order) if extra else self._least_busy(extras=False)
+
+    def _least_busy(self, extras: bool = True) -> Process | None:
+        """The usable process with a credit that runs fewest; of equals, the longest unused.
+
+        Without `extras` only of those that have no extra slot.
+        """
+        if self.running >= self.rules.cap:
+            return None
+        able = [
+            p
+            for p in self._usable
+            if _has_credit(p) and p.running < p.slots and (extras or not p.extra)
+        ]
+        return min(able, key=_order, default=None)
 
     def _changed(self) -> list[Action]:
         """The set of processes or the rules changed: who leaves now, and who is usable."""
@@ -498,23 +592,7 @@ class Decisions:
             self._stuck.discard(process.age)
 
     def _undo_start(self, process: Process, request: int) -> None:
-        process.free += 1
-        self.running -= 1
-        self._untime(process, request)
-        self._requeue([(request, process.requests.pop(request))])
-
-    def _requeue(self, requests: Iterable[tuple[int, float]]) -> None:
-        """Put requests that were sent back where their numbers belong, near the head."""
-        back = dict(requests)
-        if not back:
-            return
-        last = max(back)
-        while self.waiting and next(iter(self.waiting)) < last:
-            request, since = self.waiting.popitem(last=False)
-            back[request] = since
-        for request in sorted(back, reverse=True):
-            self.waiting[request] = back[request]
-            self.waiting.move_to_end(request, last=False)
+        self._put_back([(request, self._end(process, request))])
 
     def _remember(self, process: Process) -> None:
         self.processes[process.age] = process
@@ -524,5 +602,14 @@ class Decisions:
         process = self.processes.pop(age, None)
         if process is not None:
             self.running -= process.running
+            self._exempt_within -= 0 if process.extra else process.exempt
             for request in process.requests:
                 self._untime(process, request)
+
+
+def _has_credit(process: Process) -> bool:
+    return process.free > 0 and not (process.blocked or process.stalled)
+
+
+def _order(process: Process) -> tuple[int, int]:
+    return process.running, process.last_start

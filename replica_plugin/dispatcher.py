@@ -28,8 +28,9 @@ from . import answers
 from .channel import Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
-from .decisions import Action, Decisions, Dismiss, Inspect, Kill, Lost, Refuse, Send
+from .decisions import Action, Decisions, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
 from .guard import Guard
+from .head import Head
 from .heritage import Heritage
 from .journal import Journal
 from .listeners import Listener
@@ -79,6 +80,7 @@ class Dispatcher:
         self._guard = Guard(self._epoll, frame.master_pid)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._ended = False
+        self._spared = frame.replica_page.read().spared
         self._decisions.was_ready = self._heritage.was_ready
         for age, slots, _ in self._heritage.rows():
             self._decisions.expected(age, slots)
@@ -153,10 +155,11 @@ class Dispatcher:
             decisions.usable,
             self._processes.slots,
             len(decisions.waiting),
-            decisions.running,
+            decisions.in_flight - len(decisions.waiting),
             decisions.rules.bound,
             len(self._clients.connections),
             self._clients.unsent,
+            self._spared,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -164,7 +167,9 @@ class Dispatcher:
     def on_ready(self, conn: Connection, now: float) -> None:
         conn.request = next(self._next)
         self._requests[conn.request] = conn
-        self._perform(self._decisions.ready(conn.request, now), now)
+        head = conn.head or Head(0)
+        exempt = head.path in self._wishes.serving.exempt and head.is_plain
+        self._perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
 
     def on_gone(self, conn: Connection) -> None:
         del self._requests[conn.request]
@@ -175,6 +180,9 @@ class Dispatcher:
 
     def on_cut_off(self, conn: Connection, now: float) -> None:
         self._journal.cut_off(now)
+
+    def on_shortage(self, now: float) -> None:
+        self._journal.shortage(now)
 
     @property
     def _is_ready(self) -> bool:
@@ -191,8 +199,8 @@ class Dispatcher:
     def on_registered(self, link: Link, again: bool, leaving: bool) -> None:
         now = time.monotonic()
         self._heritage.back(link.age)
-        owed = link.slots if again else 0
-        self._perform(self._decisions.registered(link.age, link.slots, owed), now)
+        owed = link.slots + link.extra if again else 0
+        self._perform(self._decisions.registered(link.age, link.slots, owed, link.extra), now)
         if leaving:
             self._perform(self._decisions.leaving(link.age), now)
         self._write_table()
@@ -271,7 +279,7 @@ class Dispatcher:
                 self._on_lost(action, begun.get(action.request, False), now)
             else:
                 self._perform([action], now)
-        for request in unread & self._decisions.waiting.keys():
+        for request in filter(self._decisions.waits, unread):
             self._clients.take_back(self._requests[request])
         self._write_table()
 
@@ -300,6 +308,8 @@ class Dispatcher:
                 self._send(action, now)
             elif isinstance(action, Refuse):
                 self._refuse(action, now)
+            elif isinstance(action, Spare):
+                self._spare(now)
             elif isinstance(action, Dismiss):
                 self._dismiss(action.age)
             elif isinstance(action, Inspect):
@@ -332,8 +342,13 @@ class Dispatcher:
             self._decisions.rules,
             self._wishes.serving.overload_status,
             self._decisions.retry_after(now),
+            conn.head.patience if conn.head else math.inf,
         )
         self._clients.answer(conn, answer, now)
+
+    def _spare(self, now: float) -> None:
+        self._spared += 1
+        self._journal.spared(self._decisions.rules.bound, now)
 
     def _dismiss(self, age: int) -> None:
         if self._decisions.processes[age].stuck:

@@ -1,13 +1,15 @@
 """What the first bytes of a request tell, without framing it.
 
-The dispatcher needs to know three things: has the head arrived, how much of the body
-should be awaited, and is it a probe. Whatever looks malformed counts as arrived: judging
-it, and answering 400, is the business of gunicorn's parser in a slot. Nothing that is
-read here decides where a request ends, except for probes and refusals that have no body.
+The dispatcher needs to know: has the head arrived, how much of the body should be awaited,
+is it a probe, and how long does the client want to wait. Whatever looks malformed counts as
+arrived: judging it, and answering 400, is the business of gunicorn's parser in a slot.
+Nothing that is read here decides where a request ends, except for probes and refusals that
+have no body.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from typing import NamedTuple
 
@@ -19,6 +21,7 @@ _LINE = re.compile(rb"([!-~]+) ([!-~]+) HTTP/(\d\.\d)\r\n")
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(?:(\d+)[ \t]*)?(?=\r\n)")
 _CODINGS = re.compile(rb"\r\ntransfer-encoding:([^\r\n]*)(?=\r\n)")
 _BEFORE_CHUNKED = (b"identity", b"gzip", b"deflate", b"compress")
+_PATIENCE = re.compile(rb"\r\nx-queue-timeout:[ \t]*(\d{1,9}(?:\.\d{1,9})?)[ \t]*(?=\r\n)")
 _CONNECTION = re.compile(rb"\r\nconnection:([^\r\n]*)\r\n", re.IGNORECASE)
 _PLAIN = re.compile(
     rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/1\.\d\r\n"
@@ -35,7 +38,7 @@ class Head(NamedTuple):
 
     `size` counts its bytes, PROXY preamble and blank line included. `length` and `chunked` say
     what body to await; `framed`, that one is spoken of at all. `method` is empty if the request
-    line is malformed.
+    line is malformed. `patience` is the client's own wait limit in seconds: X-Queue-Timeout.
     """
 
     size: int
@@ -46,6 +49,7 @@ class Head(NamedTuple):
     chunked: bool = False
     expects: bool = False
     framed: bool = False
+    patience: float = math.inf
 
     @property
     def is_plain(self) -> bool:
@@ -142,7 +146,13 @@ def _parse(text: bytes, size: int) -> Head:
         chunked,
         b"\nexpect:" in lower,
         framed,
+        _patience(lower) if b"\nx-queue-timeout:" in lower else math.inf,
     )
+
+
+def _patience(lower: bytes) -> float:
+    """The shortest of the limits the client has set; one that is malformed is none."""
+    return min(map(float, _PATIENCE.findall(lower)), default=math.inf)
 
 
 def _is_chunked(lower: bytes) -> bool:

@@ -300,10 +300,10 @@ def _before_listening(cfg: Config, log: Any) -> None:
 
 
 def _tell_overrides(cfg: Config, log: Any) -> None:
-    """Log once what won over the settings of ours."""
+    """Log once what won over the settings of ours, and what the machine does not allow."""
     global _told
     assert _loaded is not None
-    lines = tuple(boot.overrides(cfg, _loaded))
+    lines = (*boot.overrides(cfg, _loaded), *boot.shortages(cfg, _loaded))
     if lines != _told:
         for line in lines:
             log.warning("%s", line)

@@ -91,6 +91,14 @@ class Journal:
         self._access(conn, answer, max(0.0, now - conn.ready_at) if conn.ready_at else 0.0)
         self._warn(f"{answer.status}: {answer.text}", now)
 
+    def spared(self, bound: int, now: float) -> None:
+        """A request was let in that a bound in earnest would have refused."""
+        self._warn(f"Dry run: beyond max_replica_concurrency ({bound}), and admitted", now)
+
+    def shortage(self, now: float) -> None:
+        """No more connections can be accepted for now."""
+        self._warn("Out of descriptors: connections wait in the backlog (see ulimit -Hn)", now)
+
     def cut_off(self, now: float) -> None:
         """A client has taken nothing of its response for too long."""
         self._warn("A client took nothing for send_timeout: cut off", now)

@@ -1,5 +1,9 @@
 """The listening sockets. Only the dispatcher accepts from them.
 
+Connections leave some descriptors to others: the rests of responses, and processes that
+register. When there are no more for connections, or the kernel has no memory for one, all
+wait in the backlog for a moment.
+
 Before one is closed that nobody else has, the kernel is told to drop what would begin another
 connection (a SYN without ACK), while those whose handshake is under way are still accepted. A
 client whose SYN is dropped sends another, and is then refused; closed at once, the socket would
@@ -11,6 +15,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import math
+import os
+import resource
 import select
 import socket
 import struct
@@ -19,6 +25,7 @@ from contextlib import suppress
 
 from .channel import Address
 from .connection import Connection
+from .machine import spare
 
 ACCEPTS = 64  # connections taken in one turn, so that clients cannot keep the loop from the rest
 PAUSE = 0.1  # seconds without accept when descriptors or memory have run out
@@ -61,8 +68,11 @@ class Listeners:
 
     def __init__(self, epoll: select.epoll, listeners: Iterable[Listener]) -> None:
         self.paused_until = math.inf
+        self.is_short = False  # of what a connection needs, when that was looked at last
         self._wanted = True
         self._epoll = epoll
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = limit - spare(limit) if limit >= 0 else math.inf
         self._listeners = {each.sock.fileno(): each for each in listeners}
         for fd in self._listeners:
             epoll.register(fd, select.EPOLLIN)
@@ -85,17 +95,31 @@ class Listeners:
 
     def accept(self, fd: int, now: float) -> Iterator[Connection | None]:
         """New connections, up to ACCEPTS; None at the end if there are no more for now."""
+        self.is_short = self.is_short and self._has_none_to_spare(fd)
         for _ in range(ACCEPTS):
+            if self.is_short:
+                self._pause(now)
+                yield None
+                return
             try:
-                yield self._listeners[fd].accept()
+                conn = self._listeners[fd].accept()
             except BlockingIOError:
                 yield None
                 return
-            except OSError as error:
-                if error.errno in _SHORTAGE:
-                    self._pause(now)
-                    yield None
-                    return
+            except OSError as error:  # others are those of a client that was too quick
+                self.is_short = error.errno in _SHORTAGE
+            else:
+                self.is_short = conn.fd >= self._most
+                yield conn
+
+    def _has_none_to_spare(self, fd: int) -> bool:
+        """Whether the next connection would take a descriptor that is not for connections."""
+        try:
+            number = os.dup(fd)
+        except OSError:
+            return True
+        os.close(number)
+        return number >= self._most
 
     def close(self) -> None:
         """Listen no more; the kernel refuses connects once nobody holds the socket."""

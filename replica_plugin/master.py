@@ -146,6 +146,7 @@ class Master:
                 self.settings.queue_timeout,
                 self.settings.request_timeout,
                 overtime.GRACE,
+                self.settings.overload_dry_run,
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
@@ -306,6 +307,7 @@ def _serving(settings: Settings, cfg: Config) -> Serving:
         request_buffer=settings.request_buffer,
         overload_status=settings.overload_status,
         probes=tuple(f"{prefix}{name}".encode() for name in names),
+        exempt=tuple(path.encode() for path in settings.exempt),
     )
 
 

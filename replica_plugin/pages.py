@@ -37,7 +37,7 @@ DUMP = signal.SIGRTMIN + 7
 
 _LOAD_SIZE = 1 << 14
 _LOADED_OFFSET = 16
-_NUMBERS = struct.Struct("@dQQQQQQQQ")  # native: each number is one aligned word
+_NUMBERS = struct.Struct("@dQQQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
 
@@ -91,7 +91,8 @@ class Numbers(NamedTuple):
     """The replica in numbers.
 
     `beat` is the monotonic time of the dispatcher's last turn; infinity once it has ended well.
-    `unsent` are bytes of responses that slots have left to the dispatcher.
+    `unsent` are bytes of responses that slots have left to the dispatcher. `spared` counts, since
+    the start of the replica, the requests that overload_dry_run has let in.
     """
 
     beat: float = 0.0
@@ -103,6 +104,7 @@ class Numbers(NamedTuple):
     bound: int = 0
     connections: int = 0
     unsent: int = 0
+    spared: int = 0
 
 
 class ReplicaPage:

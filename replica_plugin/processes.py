@@ -48,6 +48,7 @@ class Link:
     age: int
     pid: int
     slots: int
+    extra: int
     channel: socket.socket
     cells: Cells
     pidfd: int
@@ -262,12 +263,12 @@ def _tie(offer: Register, fds: list[int]) -> Link | None:
     """None, and the descriptors closed, if they are not what a process offers."""
     channel, cells, pidfd = fds
     try:
-        memory = Cells(offer.slots, cells)
+        memory = Cells(offer.slots + offer.extra, cells)
         sock = socket.socket(fileno=channel)
     except (OSError, OverflowError, ValueError):
         close_all(fds)
         return None
-    return Link(offer.age, offer.pid, offer.slots, sock, memory, pidfd)
+    return Link(offer.age, offer.pid, offer.slots, offer.extra, sock, memory, pidfd)
 
 
 def _is_dead(pidfd: int) -> bool:

@@ -9,11 +9,12 @@ from .decisions import Rules
 from .head import Limits
 
 DEFAULT_LIMITS = Limits()
+_PATHS = ("probes", "exempt")
 
 
 @dataclass(frozen=True)
 class Serving:
-    """How clients are treated. Times in seconds, sizes in bytes, probes as exact paths."""
+    """How clients are treated. Times in seconds, sizes in bytes, exact paths as bytes."""
 
     limits: Limits = DEFAULT_LIMITS
     header_timeout: float = 10.0
@@ -23,6 +24,7 @@ class Serving:
     request_buffer: int = 1 << 20
     overload_status: int = 503
     probes: tuple[bytes, ...] = ()
+    exempt: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class Wishes:
     def encode(self) -> dict[str, Any]:
         """As JSON can hold it."""
         state = asdict(self)
-        state["serving"]["probes"] = [path.decode("latin-1") for path in self.serving.probes]
+        for name in _PATHS:
+            state["serving"][name] = [path.decode("latin-1") for path in state["serving"][name]]
         return state
 
 
@@ -81,7 +84,7 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
             **{
                 **serving,
                 "limits": Limits(*serving["limits"]),
-                "probes": tuple(path.encode("latin-1") for path in serving["probes"]),
+                **{name: tuple(p.encode("latin-1") for p in serving[name]) for name in _PATHS},
             }
         ),
         live=tuple(state["live"]),

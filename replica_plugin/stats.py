@@ -21,8 +21,9 @@ _page: ReplicaPage | None = None  # set once, by gunicorn's master, before it fo
 class Stats:
     """The replica at one moment; of this process alone if `whole` is False.
 
-    `processes` are usable ones, `slots` all they have. Numbers that change together are
-    written one after the other, so that one may be newer than the next.
+    `processes` are usable ones, `slots` all they have. `spared` counts the requests that
+    `overload_dry_run` has let in, and that would have been refused. Numbers that change together
+    are written one after the other, so that one may be newer than the next.
     """
 
     processes: int
@@ -31,6 +32,7 @@ class Stats:
     waiting: int
     max_replica_concurrency: int
     whole: bool
+    spared: int = 0
 
     @property
     def in_flight(self) -> int:
@@ -57,7 +59,7 @@ def of_replica() -> Stats | None:
     if _page is None:
         return None
     now = _page.read()
-    return Stats(now.processes, now.slots, now.running, now.waiting, now.bound, True)
+    return Stats(now.processes, now.slots, now.running, now.waiting, now.bound, True, now.spared)
 
 
 def of_gate(gate: Gate) -> Stats:

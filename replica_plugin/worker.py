@@ -1,5 +1,8 @@
 """gunicorn's worker classes: a process with t slots, and an attendant beside them.
 
+With t > 1 and exempt paths there is one slot more: they are all alike, and the dispatcher sees
+to it that never more than t requests run that are not exempt.
+
 The attendant watches over what is not a request: gunicorn's heartbeat, signals, the master,
 the dispatcher (registration.py). With t = 1 the slot is the main thread, so that the app
 sees one thread only, and the attendant is a thread beside it that runs no code of the app.
@@ -62,6 +65,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     client_socket = ClientSocket
     turn = TURN
+    may_have_extra = False  # a slot for exempt requests
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -91,6 +95,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._replica_page = master.replica_page
         self._response_buffer = master.settings.response_buffer
         self._response_buffer_total = master.settings.response_buffer_total
+        wants_extra = self.may_have_extra and self.cfg.threads > 1 and master.settings.exempt
+        self._extra = int(bool(wants_extra))
         self._control = master.offer_socket()
         master.in_worker()
         self.sockets: list[Any] = []
@@ -128,10 +134,11 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     def run(self) -> None:
         """Serve until dismissed."""
         self.cfg: Any = Settled(self.cfg)
-        self._cells = Cells(self.cfg.threads)
+        count = self.cfg.threads + self._extra
+        self._cells = Cells(count)
         self._cells.await_dump()
-        self._watch = Watch(self.cfg.threads, self._interrupter(), self._wake_attendant)
-        slots = [Slot(self, index, self._cells, self._watch) for index in range(self.cfg.threads)]
+        self._watch = Watch(count, self._interrupter(), self._wake_attendant)
+        slots = [Slot(self, index, self._cells, self._watch) for index in range(count)]
         self._working = len(slots)
         self._serve(slots)
         # The dispatcher may dismiss us before the master's signal comes, which would then kill
@@ -326,11 +333,13 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _describe(self, again: bool) -> Register:
         leaving = self._leaving_since is not None or not self.serving
-        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving)
+        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving, self._extra)
 
 
 class ThreadWorker(ReplicaWorker):
     """The worker class of thread mode."""
+
+    may_have_extra = True
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)

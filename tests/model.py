@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 
 from replica_plugin.decisions import (
+    EXEMPT_QUEUE,
     Decisions,
     Dismiss,
     Inspect,
@@ -19,6 +20,7 @@ from replica_plugin.decisions import (
     Refuse,
     Rules,
     Send,
+    Spare,
     Why,
 )
 from replica_plugin.overtime import CALM, SILENCE
@@ -39,6 +41,8 @@ class Known:
     blocked: bool = False
     stalled: bool = False
     last_sent: int = 0
+    extra: int = 0
+    exempt: set[int] = field(default_factory=set)  # of what was sent
     limits: dict[int, float] = field(default_factory=dict)  # when what was sent is overdue
     said: set[int] = field(default_factory=set)  # of which it said that they are
     stuck: set[int] = field(default_factory=set)  # as of the last look at the clock
@@ -47,6 +51,8 @@ class Known:
 
     def end(self, request: int) -> None:
         self.sent.remove(request)
+        self.exempt.discard(request)
+        self.credits += 1
         self.limits.pop(request, None)
         for some in (self.said, self.stuck, self.inspected):
             some.discard(request)
@@ -55,13 +61,20 @@ class Known:
         return bool(self.stuck - self.said)
 
     def idle(self) -> bool:
-        return self.running() == len(self.stuck)
+        return self.busy() == len(self.stuck)
 
     def useless(self) -> bool:
         return self.silent() or (self.idle() and not self.credits)
 
     def running(self) -> int:
+        counted = self.sent - self.exempt if self.extra else self.sent
+        return len(counted) + min(self.owed, self.slots)
+
+    def busy(self) -> int:
         return len(self.sent) + self.owed
+
+    def in_flight(self) -> int:
+        return len(self.sent - self.exempt) + min(self.owed, self.slots)
 
 
 class Model:
@@ -70,24 +83,45 @@ class Model:
         self.live: frozenset[int] = frozenset()
         self.failed = 0
         self.waiting: list[int] = []
+        self.exempt: list[int] = []  # those that wait
+        self.exempts: set[int] = set()  # all there ever were
         self.ready_at: dict[int, float] = {}
+        self.patience: dict[int, float] = {}
         self.processes: dict[int, Known] = {}
         self.stopping = False
         self.drained = False
         self.given_up = False
         self.was_ready = was_ready
         self.sends = 0
+        self.spared = 0
         self.now = 0.0
         self.ends: list[float] = []  # when processes were ended because of stuck requests
 
     # Events, each with what was answered.
 
-    def ready(self, request, now, actions):
+    def ready(self, request, now, patience, exempt, actions):
         self.now = now
         self.ready_at[request] = now
+        self.patience[request] = patience
         if self.given_up:
             assert actions == [Refuse(request, Why.STOPPING)], "P7: nothing starts at the very end"
-        elif len(self.waiting) + self.running() >= self.rules.bound:
+            self.exempts |= {request} if exempt else set()
+            return
+        if exempt:
+            self.exempts.add(request)
+            if len(self.exempt) >= EXEMPT_QUEUE:
+                assert actions == [Refuse(request, Why.CROWDED)]
+                return
+            self.exempt.append(request)
+            self._judge(actions)
+            return
+        if self.admitted() >= self.rules.bound:
+            if self.rules.dry_run:
+                assert actions[:1] == [Spare(request)], "a dry run says what it lets in"
+                self.spared += 1
+                self.waiting.append(request)
+                self._judge(actions[1:])
+                return
             assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
         else:
             self.waiting.append(request)
@@ -97,13 +131,15 @@ class Model:
         assert actions is None
         if request in self.waiting:
             self.waiting.remove(request)
+        if request in self.exempt:
+            self.exempt.remove(request)
 
     def expected(self, age, slots, actions):
         assert actions is None
         self.processes[age] = Known(age, slots, owed=slots, registered=False)
 
-    def registered(self, age, slots, owed, actions):
-        self.processes[age] = Known(age, slots, owed=owed)
+    def registered(self, age, slots, owed, extra, actions):
+        self.processes[age] = Known(age, slots, owed=owed, extra=extra)
         self._judge_who_leaves(actions)
 
     def freed(self, age, now, actions):
@@ -116,9 +152,7 @@ class Model:
 
     def done(self, age, request, now, actions):
         self.now = now
-        process = self.processes[age]
-        process.end(request)
-        process.credits += 1
+        self.processes[age].end(request)
         self._judge(actions)
 
     def overdue(self, age, request, actions):
@@ -145,10 +179,8 @@ class Model:
 
     def returned(self, age, request, now, actions):
         self.now = now
-        process = self.processes[age]
-        process.end(request)
-        process.credits += 1
-        self.waiting = sorted([*self.waiting, request])
+        self.processes[age].end(request)
+        self._wait_again({request})
         self._judge(actions)
 
     def leaving(self, age, actions):
@@ -163,7 +195,7 @@ class Model:
         for request, overdue in lost.items():
             late = dead.limits.get(request, math.inf) <= now
             assert overdue == (dead.killed and late), "P11: 504 for what was overdue, else 502"
-        self.waiting = sorted([*self.waiting, *(dead.sent & unread)])
+        self._wait_again(dead.sent & unread)
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
     def ruled(self, rules, live, now, failed, actions):
@@ -187,10 +219,11 @@ class Model:
 
     def tick(self, now, actions):
         self.now = now
-        due = [each for each in self.waiting if self._expiry(each) <= now]
+        due = [each for each in self.exempt + self.waiting if self._expiry(each) <= now]
         refused = [Refuse(each, Why.WAITED) for each in due]
         assert actions[: len(due)] == refused, "P10: refused on time"
         self.waiting = [each for each in self.waiting if each not in due]
+        self.exempt = [each for each in self.exempt if each not in due]
         self._see_what_is_stuck()
         self._judge(actions[len(due) :])
         for process in self.processes.values():
@@ -198,8 +231,18 @@ class Model:
 
     def give_up(self, actions):
         self.given_up = True
-        assert actions == [Refuse(each, Why.STOPPING) for each in self.waiting]
-        self.waiting = []
+        assert actions == [Refuse(each, Why.STOPPING) for each in self.exempt + self.waiting]
+        self.waiting, self.exempt = [], []
+
+    def admitted(self):
+        """How many a replica would have in flight that had refused what was spared."""
+        in_flight = self.in_flight()
+        self.spared = min(self.spared, in_flight) if self.rules.dry_run else 0
+        return in_flight - self.spared
+
+    def _wait_again(self, requests):
+        self.waiting = sorted([*self.waiting, *(requests - self.exempts)])
+        self.exempt = sorted([*self.exempt, *(requests & self.exempts)])
 
     # Judgement.
 
@@ -208,8 +251,8 @@ class Model:
         for action in actions:
             if isinstance(action, Send):
                 self._judge_send(action)
-        free = self.running() < self.rules.processes * self.rules.threads
-        assert not (self.waiting and free and self.able()), "P1: a request waits beside a slot"
+        assert not (self.waiting and self.able()), "P1: a request waits beside a slot"
+        assert not (self.exempt and self.able_for_exempt()), "an exempt one waits beside a slot"
 
     def _judge_who_leaves(self, actions):
         for action in actions:
@@ -228,26 +271,32 @@ class Model:
         self._see_readiness()
 
     def _see_readiness(self):
-        whole = [p for p in self.usable() if p.credits + p.running() >= p.slots]
+        whole = [p for p in self.usable() if p.credits + p.busy() >= p.slots + p.extra]
         self.was_ready = self.was_ready or len(whole) >= self.rules.processes > 0
 
     def _judge_send(self, send):
-        assert send.request in self.waiting, "P9: only what waits is sent"
-        assert send.request == self.waiting[0], "P3: the longest waiting one begins"
-        assert self.running() < self.rules.processes * self.rules.threads, "P2: below the cap"
-        able = self.able()
+        exempt = send.request in self.exempts
+        queue = self.exempt if exempt else self.waiting
+        assert send.request in queue, "P9: only what waits is sent"
+        assert send.request == queue[0], "P3: the longest waiting one begins"
+        assert exempt or not (self.exempt and self.able_for_exempt()), "exempt ones begin first"
+        able = self.able_for_exempt() if exempt else self.able()
         process = self.processes[send.age]
         assert process in able, "only a usable process with a credit is sent anything"
         fewest = min(each.running() for each in able)
         assert process.running() == fewest, "P1: the process that runs fewest takes it"
         rested = min(each.last_sent for each in able if each.running() == fewest)
         assert process.last_sent == rested, "of equals, the longest unused takes it"
-        self.waiting.remove(send.request)
+        queue.remove(send.request)
         process.sent.add(send.request)
+        if exempt:
+            process.exempt.add(send.request)
         if self.rules.request_timeout is not None:
             process.limits[send.request] = self.now + self.rules.request_timeout
         process.credits -= 1
-        assert process.running() + process.credits <= process.slots, "P2: never more than its slots"
+        slots = process.slots + process.extra
+        assert process.busy() + process.credits <= slots, "P2: never more than its slots"
+        assert process.running() <= process.slots, "P2: and of those that count no more than t"
         self.sends += 1
         process.last_sent = self.sends
 
@@ -326,9 +375,25 @@ class Model:
         newest = sorted(self.present(), key=lambda each: -each.age)
         return newest[: self.rules.processes]
 
-    def able(self):
+    @property
+    def cap(self):
+        return self.rules.processes * self.rules.threads
+
+    def in_flight(self):
+        return len(self.waiting) + sum(each.in_flight() for each in self.processes.values())
+
+    def credited(self):
         willing = [p for p in self.usable() if not p.blocked and not p.stalled]
         return [each for each in willing if each.credits]
+
+    def able(self):
+        """Who may be sent a request that counts."""
+        free = self.running() < self.cap
+        return [each for each in self.credited() if free and each.running() < each.slots]
+
+    def able_for_exempt(self):
+        extra = [each for each in self.credited() if each.extra and not each.exempt]
+        return extra or [each for each in self.able() if not each.extra]
 
     def loading(self):
         """Processes that the master has, and that have not registered with us."""
@@ -339,14 +404,15 @@ class Model:
         return all(each.age < self.failed for each in self.processes.values() if each.registered)
 
     def _expiry(self, request):
-        timeout = self.rules.queue_timeout
-        return math.inf if timeout is None else self.ready_at[request] + timeout
+        timeout = math.inf if self.rules.queue_timeout is None else self.rules.queue_timeout
+        return self.ready_at[request] + min(timeout, self.patience[request])
 
     # Comparison.
 
     def agree(self, decisions: Decisions) -> None:
         seen = decisions.processes
         assert list(decisions.waiting) == self.waiting == sorted(self.waiting)
+        assert list(decisions.exempt) == self.exempt == sorted(self.exempt)
         assert seen.keys() == self.processes.keys()
         for age, process in self.processes.items():
             assert seen[age].requests.keys() == process.sent
@@ -356,11 +422,13 @@ class Model:
         assert decisions.running == self.running(), "the count has drifted"
         sent = [request for each in seen.values() for request in each.requests]
         assert len(sent) == len(set(sent)) and not decisions.waiting.keys() & set(sent)
-        assert decisions.in_flight == len(self.waiting) + self.running()
+        assert not decisions.exempt.keys() & set(sent)
+        assert decisions.in_flight == self.in_flight()
         assert decisions.usable == len(self.usable())
         assert decisions.booting == bool(self.loading())
         assert decisions.cannot_load == bool(self.failed and self.cannot_load())
         assert decisions.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.is_ready == ready
-        assert decisions.next_expiry() == min(map(self._expiry, self.waiting), default=math.inf)
+        expiries = map(self._expiry, self.waiting + self.exempt)
+        assert decisions.next_expiry() == min(expiries, default=math.inf)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from replica_plugin import answers
@@ -16,7 +18,7 @@ ANSWER = Answer(503, "Say thät.", 7)
 
 @pytest.fixture(autouse=True)
 def _fixed_date(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(answers, "formatdate", lambda usegmt: DATE if usegmt else None)
+    monkeypatch.setattr(time, "time", lambda: 946684800.9)
 
 
 def head(*headers: str) -> bytes:
@@ -126,6 +128,23 @@ def test_every_accept_header_counts_in_any_case():
         (
             answers.refusal(Why.WAITED, Rules(queue_timeout=0.7), 429, 3),
             Answer(503, "No slot became free within queue_timeout (0.7 s).", 3),
+        ),
+        (
+            answers.refusal(Why.WAITED, Rules(queue_timeout=0.7), 429, 3, 0.25),
+            Answer(503, "No slot became free within X-Queue-Timeout (0.25 s).", 3),
+        ),
+        (
+            answers.refusal(Why.WAITED, Rules(queue_timeout=0.7), 429, 3, 2.0),
+            Answer(503, "No slot became free within queue_timeout (0.7 s).", 3),
+        ),
+        (
+            answers.refusal(Why.CROWDED, Rules(), 429, 3),
+            Answer(
+                503,
+                "All slots for exempt paths are busy, and 16 requests wait for them, "
+                "as many as may.",
+                1,
+            ),
         ),
         (
             answers.refusal(Why.STOPPING, Rules(), 429, 3),

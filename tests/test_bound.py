@@ -199,6 +199,26 @@ def test_queue_timeout_is_kept_on_time_while_no_slot_frees_up(start, stage_of_st
     empty(clients, actors, stage_of_start, waiting=0)
 
 
+def test_a_client_may_shorten_its_own_wait_and_overtakes_nobody_with_it(replica, stage, which):
+    clients, actors = fill(replica, stage, which, count=5)
+    began = time.monotonic()
+    reply = replica.get("/hold/late", which, X_Queue_Timeout="0.3")
+    assert 0.29 < time.monotonic() - began < 1.5
+    assert reply.status == 503
+    assert reply.body == b"No slot became free within X-Queue-Timeout (0.3 s).\n"
+    assert replica.get("/hold/late", which, X_Queue_Timeout="0").status == 503
+    empty(clients, actors, stage, waiting=1)
+    assert replica.get("/hello", which, X_Queue_Timeout="0").status == 200
+
+
+def test_a_client_may_not_lengthen_its_wait(start, stage_of_start):
+    server = start(config=config(bound=100, queue_timeout="300ms"))
+    clients, actors = fill(server, stage_of_start, 0, count=4)
+    reply = server.get("/hold/late", X_Queue_Timeout="60")
+    assert reply.body == b"No slot became free within queue_timeout (0.3 s).\n"
+    empty(clients, actors, stage_of_start, waiting=0)
+
+
 def test_a_stream_of_refusals_takes_no_admitted_request_with_it(replica, stage, which):
     """New and kept-alive connections refused by the thousand while ten are in flight."""
     clients, actors = fill(replica, stage, which)
@@ -209,3 +229,31 @@ def test_a_stream_of_refusals_takes_no_admitted_request_with_it(replica, stage, 
     kept.close()
     assert replica.numbers()[4:6] == (6, 4)
     empty(clients, actors, stage)
+
+
+def test_a_dry_run_admits_all_and_tells_how_many_would_have_been_refused(start, stage_of_start):
+    server = start(config=config(overload_dry_run=True))
+    clients, actors = fill(server, stage_of_start, 0)
+    clients += [server.connect().ask("/hold/spared") for _ in range(5)]
+    server.wait_numbers(waiting=11)
+    assert server.numbers().spared == 5
+    line = r"\[WARNING\] Dry run: beyond max_replica_concurrency \(10\), and admitted"
+    assert server.wait_log(line)
+    empty(clients, actors, stage_of_start, waiting=11)
+    clients, actors = fill(server, stage_of_start, 0)
+    empty(clients, actors, stage_of_start)
+    assert server.numbers().spared == 5
+
+
+def test_what_a_dry_run_counts_outlives_the_dispatcher(start, stage_of_start):
+    server = start(config=config(5, overload_dry_run=True))
+    clients, actors = fill(server, stage_of_start, 0, count=6)
+    assert server.numbers().spared == 1
+    before = server.dispatcher
+    server.tell(signal.SIGKILL, before)
+    for actor in actors:
+        actor.finish()
+    assert [client.reply().status for client in clients[:4]] == [200] * 4
+    wait_for(lambda: server.dispatcher != before, "another dispatcher")
+    assert server.get("/hello").status == 200
+    assert server.numbers().spared == 1

@@ -99,6 +99,7 @@ def test_check_shows_the_settings_and_what_they_mean(
         "queue_timeout               90s     REPLICA_QUEUE_TIMEOUT\n"
         "request_timeout             none    default\n"
         "overload_status             503     default\n"
+        "overload_dry_run            false   default\n"
         "request_buffer              1Mi     default\n"
         "response_buffer             8Mi     default\n"
         "response_buffer_total       256Mi   default\n"
@@ -106,6 +107,7 @@ def test_check_shows_the_settings_and_what_they_mean(
         "receive_timeout             30s     default\n"
         "send_timeout                30s     default\n"
         "probes                      /-/     default\n"
+        "exempt                      []      default\n"
         "ready_file                  none    default\n"
         "drain_delay                 0s      default\n"
         "stagger_init                true    default\n"
@@ -152,7 +154,7 @@ def test_check_tells_the_settings_to_programs(capsys: Output) -> None:
     assert main(["check", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["settings"]["queue_timeout"] == {"value": 60.0, "from": "replica.yaml:1"}
-    assert "ready_file" not in told["settings"]
+    assert "admin_bind" not in told["settings"]
     del told["settings"]
     assert told == {"ok": True, "problems": [], "file": "replica.yaml", "notes": []}
 

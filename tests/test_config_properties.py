@@ -31,6 +31,7 @@ def any_settings(draw: st.DrawFn) -> Settings:
         queue_timeout=draw(st.none() | seconds),
         request_timeout=draw(st.none() | seconds),
         overload_status=draw(st.sampled_from((503, 429))),
+        overload_dry_run=draw(st.booleans()),
         request_buffer=draw(
             st.integers(0, 10**15 - 1) | st.integers(0, 999).map(lambda number: number * 2**20)
         ),
@@ -48,8 +49,8 @@ def any_settings(draw: st.DrawFn) -> Settings:
 def written(settings: Settings) -> dict[str, str]:
     """The settings key by key, without those that cannot be written, as they mean none."""
     values = {key.name: getattr(settings, key.name) for key in supported()}
-    for key in ("queue_timeout", "ready_file", "request_timeout"):
-        if values[key] is None:
+    for key in ("queue_timeout", "ready_file", "request_timeout", "exempt"):
+        if values[key] in (None, ()):
             del values[key]
     return {key: show(key, value) for key, value in values.items()}
 

@@ -39,7 +39,7 @@ def test_a_row_tells_type_default_rule_and_meaning() -> None:
         ("request_buffer", "1Mi"),
         ("header_timeout", "10s"),
         ("probes", "/-/"),
-        ("exempt", "none"),
+        ("exempt", "[]"),
         ("stagger_init", "true"),
     ],
 )

@@ -221,8 +221,6 @@ def test_another_status_is_refused(value: str, seen: str) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "seen"),
     [
-        ("exempt", "[/a, /b]", "a list"),
-        ("overload_dry_run", "false", "false"),
         ("admin_bind", "127.0.0.1:9100", '"127.0.0.1:9100"'),
         ("admin_bind", "unix:/run/admin.sock", '"unix:/run/admin.sock"'),
     ],

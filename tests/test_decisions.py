@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Why
+from replica_plugin.decisions import Decisions, Dismiss, Lost, Refuse, Rules, Send, Spare, Why
 
 
 def replica(
@@ -423,3 +423,137 @@ def test_after_a_pause_in_which_all_left_others_begin_what_comes():
     assert join(decisions, 2, 1) == []
     assert arrive(decisions, 1) == [Send(1, 2)]
     assert decisions.is_ready
+
+
+# A bound that is tried.
+
+
+def test_a_dry_run_admits_beyond_the_bound_and_says_so():
+    decisions = Decisions(Rules(1, 1, 2, dry_run=True))
+    join(decisions, 1, 1)
+    assert arrive(decisions, 1, 2) == [Send(1, 1)]
+    assert arrive(decisions, 3, 4) == [Spare(3), Spare(4)]
+    assert decisions.in_flight == 4
+
+
+def test_a_dry_run_counts_as_if_it_had_refused():
+    """Two end; a replica that had refused 3 and 4 would be empty, and admit two again."""
+    decisions = Decisions(Rules(1, 1, 2, dry_run=True))
+    join(decisions, 1, 1)
+    arrive(decisions, 1, 2, 3, 4)
+    decisions.done(1, 1, 0.0)
+    decisions.done(1, 2, 0.0)
+    assert arrive(decisions, 5, 6, 7) == [Spare(7)]
+
+
+def test_a_dry_run_that_ends_leaves_the_bound_as_it_is():
+    decisions = Decisions(Rules(1, 1, 2, dry_run=True))
+    join(decisions, 1, 1)
+    arrive(decisions, 1, 2, 3)
+    decisions.ruled(Rules(1, 1, 2), [1], 0.0)
+    decisions.done(1, 1, 0.0)
+    assert arrive(decisions, 4) == [Refuse(4, Why.FULL)]
+
+
+# A wait limit of a request's own.
+
+
+def test_a_request_with_less_patience_expires_before_those_in_front_of_it():
+    decisions = replica(1, 1, queue_timeout=10.0)
+    arrive(decisions, 1, 2)
+    assert decisions.ready(3, 0.0, 2.0) == decisions.ready(4, 1.0, 0.5) == []
+    assert decisions.next_expiry() == 1.5
+    assert decisions.tick(1.5) == [Refuse(4, Why.WAITED)]
+    assert decisions.tick(2.5) == [Refuse(3, Why.WAITED)]
+    assert decisions.next_expiry() == 10.0
+
+
+def test_more_patience_than_queue_timeout_is_of_no_use():
+    decisions = replica(1, 1, queue_timeout=1.0)
+    arrive(decisions, 1)
+    decisions.ready(2, 0.0, 5.0)
+    assert decisions.tick(1.0) == [Refuse(2, Why.WAITED)]
+    assert decisions.next_expiry() == math.inf
+
+
+def test_without_any_patience_a_request_runs_at_once_or_not_at_all():
+    decisions = replica(1, 1)
+    assert decisions.ready(1, 0.0, 0.0) == [Send(1, 1)]
+    assert decisions.ready(2, 0.0, 0.0) == []
+    assert decisions.tick(0.0) == [Refuse(2, Why.WAITED)]
+
+
+def test_a_request_that_is_sent_back_keeps_its_own_limit():
+    decisions = replica(2, 1)
+    decisions.ready(1, 0.0, 3.0)
+    arrive(decisions, 2, 3)
+    assert decisions.next_expiry() == math.inf
+    decisions.died(2, [1], 1.0)
+    assert decisions.next_expiry() == 3.0
+    assert decisions.tick(3.0) == [Refuse(1, Why.WAITED)]
+
+
+# Exempt requests.
+
+
+def exempt(decisions: Decisions, *requests: int) -> list:
+    return [action for r in requests for action in decisions.ready(r, 0.0, exempt=True)]
+
+
+def with_extra(processes: int = 1, threads: int = 2, bound: int = 2) -> Decisions:
+    decisions = Decisions(Rules(processes, threads, bound))
+    for age in range(1, processes + 1):
+        decisions.registered(age, threads, extra=1)
+        for _ in range(threads + 1):
+            decisions.freed(age, 0.0)
+    return decisions
+
+
+def test_an_exempt_request_takes_the_extra_slot_beyond_cap_and_bound():
+    decisions = with_extra()
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1), Refuse(3, Why.FULL)]
+    assert exempt(decisions, 4, 5) == [Send(4, 1)]
+    assert (decisions.running, decisions.in_flight) == (2, 2)
+    assert decisions.done(1, 4, 0.0) == [Send(5, 1)]
+
+
+def test_the_extra_slot_takes_nothing_that_is_not_exempt():
+    decisions = with_extra(bound=9)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1)]
+    assert exempt(decisions, 4) == [Send(4, 1)]
+    assert decisions.done(1, 4, 0.0) == []
+
+
+def test_without_an_extra_slot_an_exempt_request_begins_first_and_is_not_in_flight():
+    decisions = replica(1, 1, bound=2)
+    arrive(decisions, 1, 2)
+    assert exempt(decisions, 3) == []
+    assert decisions.done(1, 1, 0.0) == [Send(3, 1)]
+    assert (decisions.running, decisions.in_flight) == (1, 1)
+    assert decisions.done(1, 3, 0.0) == [Send(2, 1)]
+
+
+def test_sixteen_exempt_requests_may_wait():
+    decisions = replica(1, 1)
+    arrive(decisions, 1)
+    assert exempt(decisions, *range(2, 19)) == [Refuse(18, Why.CROWDED)]
+
+
+def test_slots_of_a_dispatcher_that_died_count_as_running_what_they_may():
+    decisions = Decisions(Rules(1, 2))
+    decisions.expected(1, 2)
+    assert decisions.running == 2
+    decisions.registered(1, 2, owed=3, extra=1)
+    arrive(decisions, 1, 2)
+    assert decisions.running == 2
+    assert decisions.freed(1, 0.0) == []
+    assert decisions.freed(1, 0.0) == [Send(1, 1)]
+    assert decisions.freed(1, 0.0) == [Send(2, 1)]
+
+
+def test_an_exempt_request_that_was_not_read_goes_back_to_its_own_queue():
+    decisions = with_extra()
+    exempt(decisions, 1)
+    decisions.died(1, [1], 0.0)
+    assert decisions.waits(1)
+    assert (len(decisions.waiting), len(decisions.exempt)) == (0, 1)

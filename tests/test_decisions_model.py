@@ -6,6 +6,7 @@ judges every single action (model.py); here is only what has to be true in the e
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import replace
 from typing import Any
@@ -28,12 +29,14 @@ EXAMPLES = 900
 STEPS = 60
 picks = st.integers(0, 11)
 few = st.integers(1, 6)
+patience = st.lists(st.sampled_from([math.inf, 0.0, 0.25, 0.5, 2.0]), max_size=6)
 rules = st.builds(
     Rules,
     processes=st.integers(1, 3),
     threads=st.integers(1, 3),
     bound=st.integers(1, 12),
     queue_timeout=st.sampled_from([None, 0.5, 1.0]),
+    dry_run=st.sampled_from([False, False, False, True]),
     request_timeout=st.sampled_from([None, 0.25, 0.25, 1.0]),
     grace=st.sampled_from([0.5, 1.0]),
 )
@@ -41,9 +44,9 @@ events = 0
 
 
 class Histories(RuleBasedStateMachine):
-    @initialize(rules=rules, booted=st.booleans(), busy=st.integers(0, 12))
-    def begin(self, rules: Rules, booted: bool, busy: int) -> None:
-        self.world = World(rules)
+    @initialize(rules=rules, exempt=st.booleans(), booted=st.booleans(), busy=st.integers(0, 12))
+    def begin(self, rules: Rules, exempt: bool, booted: bool, busy: int) -> None:
+        self.world = World(rules, exempt)
         if booted:
             self.world.settle()
             for _ in range(busy):
@@ -60,15 +63,22 @@ class Histories(RuleBasedStateMachine):
     # Clients and the clock.
 
     @precondition(lambda self: not self.world.decisions.drained)
-    @rule(count=few)
-    def requests_arrive(self, count: int) -> None:
-        for _ in range(count):
-            self.world.arrive()
+    @rule(count=few, patience=patience)
+    def requests_arrive(self, count: int, patience: list[float]) -> None:
+        for each in [*patience, *[math.inf] * count][:count]:
+            self.world.arrive(each)
 
-    @precondition(lambda self: self.world.decisions.waiting)
+    @precondition(lambda self: not self.world.decisions.drained)
+    @rule(count=st.sampled_from([1, 1, 2, 3, 18]), patience=patience)
+    def exempt_requests_arrive(self, count: int, patience: list[float]) -> None:
+        for each in [*patience, *[math.inf] * count][:count]:
+            self.world.arrive(each, exempt=True)
+
+    @precondition(lambda self: self.world.decisions.waiting or self.world.decisions.exempt)
     @rule(pick=picks)
     def a_client_leaves(self, pick: int) -> None:
-        self.world.go(self._one_of(self.world.decisions.waiting, pick))
+        waiting = [*self.world.decisions.exempt, *self.world.decisions.waiting]
+        self.world.go(self._one_of(waiting, pick))
 
     @rule(quarters=st.integers(0, 4), tick=st.booleans())
     def time_passes(self, quarters: int, tick: bool) -> None:
@@ -95,7 +105,7 @@ class Histories(RuleBasedStateMachine):
             self.world.free(worker)
 
     @precondition(lambda self: self.world.workers)
-    @rule(pick=picks, take=st.integers(0, 3), finish=st.integers(0, 3), which=picks)
+    @rule(pick=picks, take=st.integers(0, 4), finish=st.integers(0, 4), which=picks)
     def a_process_works(self, pick: int, take: int, finish: int, which: int) -> None:
         worker = self._worker(pick)
         for _ in range(take):
@@ -193,16 +203,19 @@ class Histories(RuleBasedStateMachine):
         self.world.reads_at_once = at_once
 
     @precondition(lambda self: not self.world.stopped)
-    @rule(rules=rules)
-    def hup(self, rules: Rules) -> None:
+    @rule(rules=rules, exempt=st.booleans())
+    def hup(self, rules: Rules, exempt: bool) -> None:
         self.world.end_reload()
-        self.world.reload(rules)
+        self.world.reload(rules, exempt)
 
     @precondition(lambda self: not self.world.stopped)
     @rule()
     def hup_with_the_same_rules(self) -> None:
         self.world.end_reload()
-        self.world.reload(replace(self.world.rules, processes=max(1, self.world.rules.processes)))
+        self.world.reload(
+            replace(self.world.rules, processes=max(1, self.world.rules.processes)),
+            self.world.has_exempt,
+        )
 
     @precondition(lambda self: not self.world.stopped)
     @rule(change=st.sampled_from([1, 1, -1, -1, 0]))
@@ -244,7 +257,7 @@ class Histories(RuleBasedStateMachine):
         if world.stopped:
             return
         p = world.rules.processes
-        assert not (p and decisions.waiting), "P1: a request waits for ever"
+        assert not (p and (decisions.waiting or decisions.exempt)), "P1: a request waits for ever"
         assert len(world.workers) == decisions.usable == p, "P7: one that was told to leave is here"
         assert decisions.processes.keys() == world.workers.keys()
         told = any(each.told for each in world.workers.values())

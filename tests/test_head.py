@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import subprocess
 import sys
 from contextlib import suppress
@@ -383,3 +384,35 @@ def test_where_a_request_surely_ends_with_its_head_it_does_for_the_parser(start,
             request, _ = parsed(data, proxy)
             assert request.body.read() == b""
             assert parsed(data, proxy)[1] == data[head.size :]
+
+
+# The client's own wait limit.
+
+
+@pytest.mark.parametrize(
+    ("lines", "patience"),
+    [
+        ("Host: x", math.inf),
+        ("X-Queue-Timeout: 0.5", 0.5),
+        ("x-QUEUE-timeout:\t2 ", 2.0),
+        ("X-Queue-Timeout: 0", 0.0),
+        ("X-Queue-Timeout: 3\r\nX-Queue-Timeout: 1\r\nX-Queue-Timeout: 2", 1.0),
+        ("X-Queue-Timeout: 3\r\nX-Queue-Timeout: soon", 3.0),
+        ("X-Queue-Timeout: -1", math.inf),
+        ("X-Queue-Timeout: 1, 2", math.inf),
+        ("X-Queue-Timeout: 500ms", math.inf),
+        ("X-Queue-Timeout: 1e3", math.inf),
+        ("X-Queue-Timeout: inf", math.inf),
+        ("X-Queue-Timeout: nan", math.inf),
+        ("X-Queue-Timeout:", math.inf),
+        ("X-Queue-Timeout: " + "1" * 400, math.inf),
+        ("X-Queue-Timeout : 1", math.inf),
+        ("Y: X-Queue-Timeout: 1", math.inf),
+        ("Y: y\r\n X-Queue-Timeout: 1", math.inf),
+    ],
+)
+def test_a_client_says_in_seconds_how_long_it_waits_at_most(lines, patience):
+    data = f"GET / HTTP/1.1\r\n{lines}\r\n\r\n".encode()
+    head = read_head(data, Limits(), True)
+    assert head is not None
+    assert head.patience == patience

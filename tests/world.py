@@ -28,6 +28,7 @@ from replica_plugin.decisions import (
     Refuse,
     Rules,
     Send,
+    Spare,
 )
 
 
@@ -46,7 +47,8 @@ class Worker:
     said: bool = False  # that it wants to leave, on this channel
     dismissed: bool = False
     idle: int = 0
-    old: int = 0  # busy with a request of a dispatcher that died
+    extra: int = 0
+    old: list[int] = field(default_factory=list)  # requests of a dispatcher that died
     mailbox: list[int] = field(default_factory=list)
     reading: list[int] = field(default_factory=list)
     full: bool = False  # its channel takes no message now
@@ -60,12 +62,16 @@ class Worker:
     def booting(self) -> bool:
         return self.alive and not self.life
 
-    def running(self) -> int:
-        return (len(self.mailbox) + len(self.reading) + self.old) if self.alive else 0
+    def running(self) -> list[int]:
+        return self.mailbox + self.reading + self.old if self.alive else []
+
+    @property
+    def all_slots(self) -> int:
+        return self.slots + self.extra
 
 
 class World:
-    def __init__(self, rules: Rules) -> None:
+    def __init__(self, rules: Rules, has_exempt: bool = False) -> None:
         self.now = 100.0
         self.events = 0
         self.rules = rules
@@ -74,6 +80,8 @@ class World:
         self.stopped = False
         self.life = 1
         self.requests: dict[int, str] = {}
+        self.exempts: set[int] = set()
+        self.has_exempt = has_exempt
         self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
         self._ages = 0
         self._numbers = 0
@@ -96,7 +104,8 @@ class World:
         self._ages += 1
         threads = self.rules.threads
         self.write(self._ages)
-        self.workers[self._ages] = Worker(self._ages, threads, starting=threads)
+        extra = int(self.has_exempt and threads > 1)
+        self.workers[self._ages] = Worker(self._ages, threads, threads + extra, extra=extra)
 
     def manage(self) -> None:
         """gunicorn's manage_workers, which does not run while a reload waits."""
@@ -108,7 +117,8 @@ class World:
         for age in sorted(self.workers)[: len(self.workers) - self.rules.processes]:
             self.terminate(self.workers[age])
 
-    def reload(self, rules: Rules) -> None:
+    def reload(self, rules: Rules, has_exempt: bool = False) -> None:
+        self.has_exempt = has_exempt
         newest, self._reloading = self._ages, 0
         self.rules = rules
         self.write()
@@ -162,9 +172,9 @@ class World:
             return
         worker.life = self.life
         worker.said = worker.again and worker.told
-        owed = worker.slots if worker.again else 0
+        owed = worker.all_slots if worker.again else 0
         self.table[worker.age] = worker
-        self.tell("registered", worker.age, worker.slots, owed)
+        self.tell("registered", worker.age, worker.slots, owed, worker.extra)
         if worker.said:
             self.tell("leaving", worker.age)
         if welcomed:
@@ -204,7 +214,7 @@ class World:
             self._end(request, "sent", "answered")
             self.tell("done", worker.age, request, self.now)
         elif worker.old:
-            worker.old -= 1
+            worker.old.pop(which % len(worker.old))
             worker.starting += 1
             self.free(worker)
 
@@ -269,10 +279,12 @@ class World:
 
     # Clients.
 
-    def arrive(self) -> None:
+    def arrive(self, patience: float = math.inf, exempt: bool = False) -> None:
         self._numbers += 1
         self.requests[self._numbers] = "waiting"
-        self.tell("ready", self._numbers, self.now)
+        if exempt:
+            self.exempts.add(self._numbers)
+        self.tell("ready", self._numbers, self.now, patience, exempt)
 
     def go(self, request: int) -> None:
         """The client of a waiting request leaves."""
@@ -293,7 +305,7 @@ class World:
     def restart(self) -> None:
         """It dies; what waits is lost, what runs goes on, and there is another."""
         self.life += 1
-        for request in self.decisions.waiting:
+        for request in [*self.decisions.waiting, *self.decisions.exempt]:
             self._end(request, "waiting", "reset")
         for worker in self.table.values():
             self._lose_dispatcher(worker)
@@ -305,9 +317,9 @@ class World:
     def _lose_dispatcher(self, worker: Worker) -> None:
         for request in worker.mailbox + worker.reading:
             self._end(request, "sent", "answered" if worker.alive else "reset")
-        worker.old += len(worker.mailbox) + len(worker.reading)
+        worker.old += worker.mailbox + worker.reading
         worker.mailbox, worker.reading, worker.idle = [], [], 0
-        worker.starting = worker.slots - worker.old
+        worker.starting = worker.all_slots - len(worker.old)
         worker.welcomed = worker.full = worker.missed = worker.leave_due = False
         worker.stalled = False
 
@@ -359,6 +371,8 @@ class World:
             self._send(action, self.table[action.age])
         elif isinstance(action, Refuse):
             self._end(action.request, "waiting", "refused")
+        elif isinstance(action, Spare):
+            assert self.requests[action.request] == "waiting"
         elif isinstance(action, Lost):
             self._end(action.request, "sent", "lost")
         elif isinstance(action, Kill):
@@ -376,11 +390,18 @@ class World:
             self._end(send.request, "sent", "waiting")
             self.tell("unsent", send.age, send.request, self.now)
             return
-        running = sum(each.running() for each in self.workers.values())
-        assert running < self.model.rules.cap, "P2: more run than may, in truth"
+        beyond = worker.extra and send.request in self.exempts
+        running = sum(map(self._counted, self.workers.values()))
+        assert beyond or running < self.model.rules.cap, "P2: more run than may, in truth"
+        assert beyond or self._counted(worker) < worker.slots, "P2: in one process, too"
         assert len(worker.mailbox) < worker.idle, "P2: a slot is free in truth"
         assert not worker.dismissed, "nothing is sent behind LEAVE"
         worker.mailbox.append(send.request)
+
+    def _counted(self, worker: Worker) -> int:
+        """How many run, in truth, that count for the cap."""
+        running = worker.running()
+        return len([r for r in running if not (worker.extra and r in self.exempts)])
 
     def _end(self, request: int, before: str, after: str) -> None:
         assert self.requests[request] == before, f"{request} is {self.requests[request]}"

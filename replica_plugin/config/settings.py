@@ -74,8 +74,8 @@ class Settings:
     overload_status: int = _key(
         Choice((503, 429)), 503, "the status of a refusal above max_replica_concurrency"
     )
-    overload_dry_run: bool = _later(
-        Boolean(), False, "admit, but count and log what would have been refused"
+    overload_dry_run: bool = _key(
+        Boolean(), False, "admit, but count and log what max_replica_concurrency would have refused"
     )
     request_buffer: int = _key(
         Size(least=0), 2**20, "how much of a request body is awaited before it takes a slot"
@@ -98,7 +98,7 @@ class Settings:
     probes: str | None = _key(
         Prefix("/-/"), "/-/", "prefix of healthz and readyz on the served port; false for none"
     )
-    exempt: tuple[str, ...] = _later(
+    exempt: tuple[str, ...] = _key(
         Paths(), (), "exact paths that pass by the queue, the cap and the bound"
     )
     admin_bind: str | None = _later(

@@ -223,7 +223,7 @@ class Paths(Kind):
         return Seen(text, "list", tuple(map(from_text, text.split(","))))
 
     def show(self, value: tuple[str, ...]) -> str:
-        return f"[{', '.join(value)}]" if value else "none"
+        return f"[{', '.join(value)}]"
 
 
 @dataclass(frozen=True)

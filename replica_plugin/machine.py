@@ -1,0 +1,70 @@
+"""What the machine allows, held against what the settings ask for.
+
+Each line names the number that is too low, what to raise it to, and what holds until then.
+"""
+
+from __future__ import annotations
+
+import resource
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+SPARE = 128
+"""Descriptors of the dispatcher that are not for connections; a quarter, if all are few."""
+
+OWN = 64
+"""Descriptors that a process has without requests: logs, channel, what the app opens."""
+
+_SOMAXCONN = Path("/proc/sys/net/core/somaxconn")
+
+
+class Machine(NamedTuple):
+    """Limits of open files, of which the dispatcher takes the hard one; longest backlog."""
+
+    soft: int
+    hard: int
+    backlog: int | None
+
+
+def spare(limit: int) -> int:
+    """How many of so many descriptors connections leave to others."""
+    return min(SPARE, limit // 4)
+
+
+def read() -> Machine:
+    """This machine, for this process."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    backlog = None
+    with suppress(OSError, ValueError):
+        backlog = int(_SOMAXCONN.read_text())
+    return Machine(soft, hard, backlog)
+
+
+def shortages(machine: Machine, bound: int, slots: int, backlog: int) -> list[str]:
+    """What cannot be honoured. `bound` of the replica, `slots` of each process."""
+    found = []
+    room = machine.hard - spare(machine.hard)
+    if room < bound and machine.hard >= 0:  # -1 is no limit
+        needed = bound + min(SPARE, bound // 3 + 1)
+        found.append(
+            f"Open files: the hard limit ({machine.hard}) is too low for max_replica_concurrency "
+            f"({bound}). Raise it to {needed} (ulimit -Hn, LimitNOFILE= of systemd, --ulimit "
+            f"nofile= of docker) or lower max_replica_concurrency to {room}. Until then the "
+            f"replica takes about {room} connections at a time; more wait in the backlog."
+        )
+    if 0 <= machine.soft < slots + OWN:
+        found.append(
+            f"Open files: the soft limit ({machine.soft}) is too low for {slots} slots in a "
+            f"process. Raise it to {slots + OWN} or more (ulimit -n), or lower "
+            "threads_per_process. Until then requests for which a process has no descriptor get "
+            "503."
+        )
+    if machine.backlog is not None and machine.backlog < backlog:
+        found.append(
+            f"Backlog: net.core.somaxconn ({machine.backlog}) is less than gunicorn's backlog "
+            f"({backlog}). Raise it (sysctl -w net.core.somaxconn={backlog}), or set --backlog "
+            f"{machine.backlog}. Until then the kernel holds {machine.backlog} connections for a "
+            "dispatcher that is busy or starts again, and lets others try once more."
+        )
+    return found

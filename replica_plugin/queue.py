@@ -1,0 +1,105 @@
+"""A queue of ready requests in the order of their numbers, and when each has waited enough.
+
+A request waits no longer than a limit that is common to all, and than one of its own, if it
+has one. Of the common limit the first request knows: it waits longest. Those with a limit
+of their own are listed a second time, in the order in which they expire.
+
+1. `_limited` lists exactly those in the queue whose `until` is finite, sorted.
+
+It assumes that `since` grows with the numbers. A list that is kept sorted moves some memory
+with each change, 240 KB for 30000 requests at most; a heap would keep what has left the
+queue until its time comes, which is up to the clients.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+
+class Wait(NamedTuple):
+    """When a request became ready, and when it has waited enough by a limit of its own.
+
+    `exempt` says that it counts neither for the cap, where that is possible, nor for the bound.
+    """
+
+    since: float
+    until: float = math.inf
+    exempt: bool = False
+
+
+class Queue(Mapping[int, Wait]):
+    """Requests by number, oldest first."""
+
+    def __init__(self) -> None:
+        self._waits: OrderedDict[int, Wait] = OrderedDict()
+        self._limited: list[tuple[float, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._waits)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._waits)
+
+    def __getitem__(self, request: int) -> Wait:
+        return self._waits[request]
+
+    def append(self, request: int, wait: Wait) -> None:
+        """A request that is newer than all others."""
+        self._waits[request] = wait
+        if wait.until < math.inf:
+            insort(self._limited, (wait.until, request))
+
+    def remove(self, request: int) -> None:
+        """A request leaves; nothing happens if it is not here."""
+        wait = self._waits.pop(request, None)
+        if wait is not None:
+            self._unlimit(request, wait)
+
+    def take(self) -> tuple[int, Wait]:
+        """Take the first one out."""
+        request, wait = self._waits.popitem(last=False)
+        self._unlimit(request, wait)
+        return request, wait
+
+    def put_back(self, requests: Iterable[tuple[int, Wait]]) -> None:
+        """Put requests that were taken out where their numbers belong, near the head."""
+        back = dict(requests)
+        while self._waits and back and next(iter(self._waits)) < max(back):
+            request, wait = self.take()
+            back[request] = wait
+        for request in sorted(back, reverse=True):
+            self.append(request, back[request])
+            self._waits.move_to_end(request, last=False)
+
+    def next_expiry(self, limit: float) -> float:
+        """When one of them has waited for `limit`, or its own; infinity if none ever has."""
+        if not self._waits:
+            return math.inf
+        first = next(iter(self._waits.values())).since + limit
+        return min(first, self._limited[0][0]) if self._limited else first
+
+    def expired(self, now: float, limit: float) -> list[int]:
+        """Take out those that have waited enough."""
+        late = []
+        while self.next_expiry(limit) <= now:
+            own, request = self._limited[0] if self._limited else (math.inf, 0)
+            if own > now:
+                request = next(iter(self._waits))
+            self.remove(request)
+            late.append(request)
+        return sorted(late)
+
+    def clear(self) -> list[int]:
+        """Take all out."""
+        left = list(self._waits)
+        self._waits.clear()
+        self._limited.clear()
+        return left
+
+    def _unlimit(self, request: int, wait: Wait) -> None:
+        if wait.until < math.inf:
+            del self._limited[bisect_left(self._limited, (wait.until, request))]

@@ -1,0 +1,124 @@
+"""Limits of the machine: told at the start, and met without a crash or a spin."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+from server import Server, wait_for
+
+from replica_plugin.channel import End, Kind, Report, decode_report
+from replica_plugin.machine import Machine, shortages, spare
+from replica_plugin.rest import Rest
+
+PLENTY = Machine(1024, 1 << 20, 4096)
+OUT = r"\[WARNING\] Out of descriptors: connections wait in the backlog \(see ulimit -Hn\)"
+
+
+def test_a_machine_that_allows_everything_needs_no_word():
+    assert shortages(PLENTY, 1024, 4, 2048) == []
+    assert shortages(Machine(-1, -1, None), 30000, 4000, 2048) == []
+
+
+@pytest.mark.parametrize("bound", [4, 100, 383, 384, 1024, 30000])
+def test_the_limit_of_open_files_that_is_asked_for_is_enough_and_one_less_is_not(bound):
+    (line,) = shortages(PLENTY._replace(hard=bound), bound, 4, 2048)
+    needed = int(line.split("Raise it to ")[1].split()[0])
+    assert shortages(PLENTY._replace(hard=needed), bound, 4, 2048) == []
+    assert needed - spare(needed) <= bound + 1
+
+
+def test_a_hard_limit_that_is_too_low_is_told_with_what_holds_until_it_is_raised():
+    assert shortages(PLENTY._replace(hard=512), 1024, 4, 2048) == [
+        "Open files: the hard limit (512) is too low for max_replica_concurrency (1024). Raise "
+        "it to 1152 (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of docker) or lower "
+        "max_replica_concurrency to 384. Until then the replica takes about 384 connections at a "
+        "time; more wait in the backlog."
+    ]
+
+
+def test_a_soft_limit_that_is_too_low_for_the_slots_of_a_process_is_told():
+    assert shortages(PLENTY, 1024, 1000, 2048) == [
+        "Open files: the soft limit (1024) is too low for 1000 slots in a process. Raise it to "
+        "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which a "
+        "process has no descriptor get 503."
+    ]
+
+
+def test_a_backlog_that_the_kernel_cuts_is_told():
+    assert shortages(PLENTY._replace(backlog=128), 1024, 4, 2048) == [
+        "Backlog: net.core.somaxconn (128) is less than gunicorn's backlog (2048). Raise it "
+        "(sysctl -w net.core.somaxconn=2048), or set --backlog 128. Until then the kernel holds "
+        "128 connections for a dispatcher that is busy or starts again, and lets others try once "
+        "more."
+    ]
+
+
+def test_the_start_tells_what_the_machine_does_not_allow(start):
+    server = start("--backlog", "1000000")
+    server.wait_log(r"\[WARNING\] Backlog: net\.core\.somaxconn \(\d+\) is less than")
+
+
+def test_a_rest_of_a_response_that_found_no_descriptor_ends_its_connection():
+    rest = Rest.of(b"abc")
+    message = Report(Kind.DONE, 7, End.KEEP, rest=rest).encode()
+    assert decode_report(message, []) == Report(Kind.DONE, 7, End.ABORT)
+    assert decode_report(message, [rest.fd]).end is End.KEEP
+    rest.close()
+
+
+@pytest.fixture
+def poor(start) -> Server:
+    """A replica whose dispatcher may have 80 descriptors, of which 60 are for connections."""
+    server = start("--keep-alive", "60")
+    resource.prlimit(server.supervisor, resource.RLIMIT_NOFILE, (80, 80))
+    before = server.dispatcher
+    os.kill(before, 9)
+    wait_for(lambda: server.dispatcher != before, "another dispatcher")
+    assert server.get("/hello").status == 200
+    return server
+
+
+def cpu(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_a_dispatcher_out_of_descriptors_waits_without_spinning_and_recovers(poor):
+    before, used = poor.dispatcher, cpu(poor.dispatcher)
+    silent = [poor.connect() for _ in range(100)]
+    poor.wait_log(OUT)
+    late = poor.connect().ask("/hello")
+    poor.wait_log(r"\[WARNING\] \d+ more in 10 s: Out of descriptors")
+    assert not late.is_readable()
+    assert cpu(before) - used < 2
+    assert len(os.listdir(f"/proc/{before}/fd")) < 70
+    for client in silent:
+        client.close()
+    assert late.reply().status == 200
+    assert poor.get("/hello").status == 200
+    assert poor.dispatcher == before
+
+
+def test_a_dispatcher_without_any_descriptor_recovers(poor):
+    pid = poor.dispatcher
+    poor.wait_numbers(connections=0)
+    used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(80)) - used), 80))
+    late = poor.connect().ask("/hello")
+    poor.wait_log(OUT)
+    assert not late.is_readable()
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (80, 80))
+    assert late.reply().status == 200
+    assert poor.dispatcher == pid
+
+
+def test_idle_connections_make_room_for_new_ones(poor):
+    idle = []
+    for _ in range(100):
+        client = poor.connect()
+        assert client.get("/hello").status == 200
+        idle.append(client)
+    assert sum(client.is_readable() for client in idle) >= 40
