@@ -1,7 +1,8 @@
 """The side of the dispatcher that faces clients: every connection, from accept to close.
 
-What a connection does is decided by its state (connection.py) and by how much of its next
-request has come (arrival.py). Bytes stay in the kernel for the slot that will read them.
+What a connection does is decided by its state (connection.py). While its request comes it is in
+the hands of arriving.py, while its last bytes leave in those of endings.py; here is what lies
+between. Bytes stay in the kernel for the slot that will read them.
 
 1. Nothing here waits, or trusts a client to do anything: every state but RUNNING has a
    deadline, and WAITING has that of the queue.
@@ -25,8 +26,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol
 
-from .answers import UNTAKEN, Answer, body_too_late, head_too_large, head_too_late
-from .arrival import Arrivals, Sight
+from .answers import UNTAKEN, Answer
+from .arriving import Arriving
 from .channel import Adopt, End, Report
 from .connection import Connection, State
 from .deadlines import Deadlines
@@ -38,11 +39,6 @@ from .rules import Serving
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-GLANCE = 0.02  # seconds between two looks at a request that dribbles in
-SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
-QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
-SHED = 64  # idle connections that are closed at a time when there are too many
 
 
 class Judge(Protocol):
@@ -66,26 +62,19 @@ class Clients:
         self.listeners = Listeners(epoll, listeners)
         self._epoll = epoll
         self._judge = judge
-        self._arrivals = Arrivals(serving)
+        self._arriving = Arriving(self, serving)
         self._endings = Endings(self)
         self._stopping = False
         self._resumable = False
         self._last_call_at = math.inf
         self.called = False  # the last call is over
         self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
-        self._heads: Deadlines[Connection] = Deadlines(None)
-        self._bodies: Deadlines[Connection] = Deadlines(None)
-        self._idle: Deadlines[Connection] = Deadlines(None)
-        self._glances: Deadlines[Connection] = Deadlines(GLANCE)
-        self._quiet: Deadlines[Connection] = Deadlines(QUIET)
         self.serve(serving)
 
     def serve(self, serving: Serving) -> None:
         """Take over settings that may have changed; they hold for waits that go on, too."""
-        self._serving = self._arrivals.serving = serving
-        self._heads.last(serving.header_timeout)
-        self._bodies.last(serving.receive_timeout / 4)
-        self._idle.last(serving.keepalive)
+        self._serving = serving
+        self._arriving.serve(serving)
         self._endings.serve(serving.send_timeout)
 
     # From a listener to a ready request.
@@ -98,18 +87,11 @@ class Clients:
                 more = False
             else:
                 self._take(each, now)
-                self.time(each, self._heads, now)
-                self._look(each, now)
+                self._arriving.begin(each, now)
         if self.listeners.is_short:
             self._judge.on_shortage(now)
-            self._shed()
+            self._arriving.shed()
         return more
-
-    def _shed(self) -> None:
-        """Make room for clients that want something: end connections that are idle."""
-        for conn in self._idle.oldest(SHED):
-            if not conn.unread():
-                self.close(conn)
 
     def adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None:
         """Take on a connection that a slot was working on when our predecessor died."""
@@ -128,7 +110,7 @@ class Clients:
         if mask & _LEFT:
             conn.hung_up = True
         if conn.state is State.ARRIVING:
-            self._on_arriving(conn, now)
+            self._arriving.on_event(conn, now)
         elif conn.state is State.WAITING:
             if conn.hung_up:
                 self._leave_queue(conn)
@@ -139,51 +121,7 @@ class Clients:
         self._judge.on_gone(conn)
         self.close(conn)
 
-    def _on_arriving(self, conn: Connection, now: float) -> None:
-        if conn.local:
-            self._quiet.start(conn, now)
-        if now - conn.looked_at >= _pause(conn):
-            self._look(conn, now, woken=True)
-        elif conn not in self._glances:
-            self._glances.start(conn, now)
-
-    def _look(self, conn: Connection, now: float, woken: bool = False) -> None:
-        """See how much of a request has come, and act on it.
-
-        `woken` says that the kernel reported the socket readable. If it does so below the
-        mark we set, its buffer may be full: see whether more comes in the next moment.
-        """
-        sight = self._arrivals.look(conn)
-        if sight is Sight.LEFT:
-            self.close(conn)
-        elif sight is Sight.READY:
-            self._on_ready(conn, now)
-        elif sight is Sight.TOO_LARGE:
-            self.answer(conn, head_too_large(self._serving.limits.head), now)
-        else:
-            if woken and conn.mark:
-                self._quiet.start(conn, now)
-            self._expect_more(conn, now)
-
-    def _expect_more(self, conn: Connection, now: float) -> None:
-        """See that we are woken when more comes, and when it is too late."""
-        if conn.hung_up:
-            self.close(conn)
-            return
-        conn.looked_at = now
-        if conn.head is not None and conn.timer is not self._bodies:
-            conn.progress_at = now
-            self.time(conn, self._bodies, now)
-            self._arrivals.expect_body(conn, conn.head)
-        elif conn.head is not None:
-            self._arrivals.follow_chunks(conn)
-        elif conn.arrived and conn.timer is self._idle:
-            self.time(conn, self._heads, now)
-        if conn.local and conn.arrived and conn not in self._quiet:
-            self._quiet.start(conn, now)
-        self.watch(conn)
-
-    def _on_ready(self, conn: Connection, now: float) -> None:
+    def on_ready(self, conn: Connection, now: float) -> None:
         """The request is ready: a probe is answered, anything else is judged."""
         head = conn.head
         if head and head.path in self._serving.probes and _is_probe(head):
@@ -250,10 +188,9 @@ class Clients:
         if self.called and not (conn.ahead or conn.unread()):
             self._endings.linger(conn, now)
             return
-        conn.looked_at = 0.0
-        self.time(conn, self._idle, now)
-        if conn.touched or conn.ahead:
-            self._look(conn, now)  # what came while it waited has had its event, and woke nobody
+        self._arriving.await_next(conn, now)
+        if conn.touched or conn.ahead:  # what came meanwhile has had its event, and woke nobody
+            self._arriving.look(conn, now)
         else:
             self.watch(conn)
 
@@ -269,7 +206,7 @@ class Clients:
         keep = self._keeps(conn, head)
         try:
             if keep:
-                self._arrivals.take(conn, head.size)
+                self._arriving.take(conn, head.size)
             data = answer.encode(head.text, keep, head.method == b"HEAD")
             whole = conn.sock.send(data, _NOW) == len(data)
         except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
@@ -281,7 +218,7 @@ class Clients:
         self._untime(conn)
         if keep:
             conn.next_request(conn.ahead, conn.carry)
-            self.time(conn, self._idle, now)
+            self._arriving.await_next(conn, now)
             self._answered.append(conn)
         else:
             self._endings.linger(conn, now)
@@ -374,11 +311,7 @@ class Clients:
         if self._answered:
             return 0.0
         return min(
-            self._heads.due,
-            self._bodies.due,
-            self._idle.due,
-            self._glances.due,
-            self._quiet.due,
+            self._arriving.due(),
             self._endings.due(),
             self.listeners.paused_until,
             self._last_call_at,
@@ -388,16 +321,7 @@ class Clients:
         """Do what is due."""
         for _ in range(len(self._answered)):
             self._on_answered(self._answered.popleft(), now)
-        for conn in self._glances.expired(now):
-            self._on_glance(conn, now)
-        for conn in self._quiet.expired(now):
-            self._on_quiet(conn, now)
-        for conn in self._heads.expired(now):
-            self._on_head_late(conn, now)
-        for conn in self._bodies.expired(now):
-            self._on_body_slow(conn, now)
-        for conn in self._idle.expired(now):
-            self._on_idle(conn, now)
+        self._arriving.tick(now)
         for conn in self._endings.tick(now):
             self._judge.on_cut_off(conn, now)
         self.listeners.tick(now)
@@ -408,48 +332,6 @@ class Clients:
         """One answer a turn: many requests sent at once neither nest nor keep us from others."""
         if conn.state is State.ARRIVING and conn.head is None:
             self._go_on(conn, now)
-
-    def _on_glance(self, conn: Connection, now: float) -> None:
-        if conn.state is State.ARRIVING:
-            self._look(conn, now)
-
-    def _on_quiet(self, conn: Connection, now: float) -> None:
-        """A client is silent, perhaps because nobody takes what it has sent."""
-        if conn.state is not State.ARRIVING or not conn.arrived:
-            return
-        if not conn.local:
-            if conn.is_stuck():
-                self._on_ready(conn, now)
-            return
-        before = len(conn.ahead)
-        if conn.head is not None or not self._arrivals.take_ahead(conn):
-            self._on_ready(conn, now)
-        elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
-            self._look(conn, now)
-
-    def _on_idle(self, conn: Connection, now: float) -> None:
-        """Its event may be among those of the next turn: with many, one turn does not see all."""
-        if conn.unread():
-            self._look(conn, now)
-        else:
-            self.close(conn)
-
-    def _on_head_late(self, conn: Connection, now: float) -> None:
-        if conn.arrived:
-            self.answer(conn, head_too_late(self._serving.header_timeout), now)
-        else:
-            self.close(conn)
-
-    def _on_body_slow(self, conn: Connection, now: float) -> None:
-        """A quarter of receive_timeout has passed; was there progress?"""
-        before = conn.arrived
-        self._arrivals.measure(conn)
-        if conn.arrived > before:
-            conn.progress_at = now
-        if now - conn.progress_at >= self._serving.receive_timeout:
-            self.answer(conn, body_too_late(self._serving.receive_timeout), now)
-        else:
-            self.time(conn, self._bodies, now)
 
     def time(self, conn: Connection, deadlines: Deadlines[Connection], now: float) -> None:
         """The one deadline of a connection's state, in place of the one before."""
@@ -463,10 +345,7 @@ class Clients:
         if conn.timer is not None:
             conn.timer.stop(conn)
             conn.timer = None
-        if conn.awaited:
-            self._arrivals.forget_body(conn)
-        self._glances.stop(conn)
-        self._quiet.stop(conn)
+        self._arriving.forget(conn)
 
     def watch(self, conn: Connection, more: int = 0) -> None:
         """Have epoll tell what happens on the connection; no event is lost, one may come twice."""
@@ -485,10 +364,3 @@ class Clients:
 def _is_probe(head: Head) -> bool:
     """What is not plain is left to gunicorn's parser, lest two readers see two requests."""
     return head.method in (b"GET", b"HEAD") and head.is_plain
-
-
-def _pause(conn: Connection) -> float:
-    """Seconds between two looks: so long that looking stays cheap, however much lies there."""
-    if not conn.arrived or (conn.mark and conn.chunks is None):
-        return 0.0
-    return GLANCE * (1 + conn.arrived / SLOWER)

@@ -17,7 +17,8 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
-    "answers", "arrival", "channel", "chunks", "clients", "connection", "deadlines", "decisions",
+    "answers", "arrival", "arriving", "channel", "chunks", "clients", "connection", "deadlines",
+    "decisions",
     "dispatcher", "endings", "guard", "head", "heritage", "journal", "listeners", "machine",
     "overtime", "pages", "processes", "queue", "rate", "ready_file", "rest", "rules", "supervisor",
     "unpatched",
