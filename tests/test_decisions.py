@@ -524,6 +524,15 @@ def test_the_extra_slot_takes_nothing_that_is_not_exempt():
     assert decisions.done(1, 4, 0.0) == []
 
 
+def test_the_extra_slot_takes_nothing_else_while_another_process_is_not_complete_yet():
+    decisions = Decisions(Rules(2, 2))
+    for age in (1, 2):
+        decisions.registered(age, 2, extra=1)
+    for _ in range(3):
+        decisions.freed(1, 0.0)
+    assert arrive(decisions, 1, 2, 3) == [Send(1, 1), Send(2, 1)]
+
+
 def test_without_an_extra_slot_an_exempt_request_begins_first_and_is_not_in_flight():
     decisions = replica(1, 1, bound=2)
     arrive(decisions, 1, 2)
