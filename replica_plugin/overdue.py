@@ -99,6 +99,10 @@ class Run:
         """Whether the dispatcher is to answer in place of the slot."""
         return not self._claim.setdefault(None, False)
 
+    def leave_claim(self) -> None:
+        """The dispatcher does not know that it is to answer: the slot may, after all."""
+        self._claim.pop(None, None)
+
     @property
     def is_answered(self) -> bool:
         """Whether the attendant has the claim."""
@@ -188,6 +192,8 @@ class Watch:
             run.tale = run.stack()
         answered = run.channel is channel and run.claim_for_attendant()
         run.told = tell(run, answered)
+        if answered and not run.told:  # it may be dead, which its channel does not show yet
+            run.leave_claim()
         if first:
             run.interrupt()
 

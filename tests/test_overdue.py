@@ -121,6 +121,16 @@ def test_what_could_not_be_told_is_told_in_the_next_turn_and_interrupted_once():
     assert (told, nobody.struck) == ([(7, True)], [7])
 
 
+def test_a_request_of_which_the_dispatcher_could_not_be_told_is_the_slots_to_answer():
+    watching, nobody, told, _ = watch()
+    run = watching.begin(0, 7, 5.0, CHANNEL)
+    run.is_open = True
+    told.deaf = True
+    watching.look(5.0, CHANNEL, told)
+    assert nobody.struck == [7]
+    assert not run.is_answered and run.claim_for_slot()
+
+
 def test_a_request_outside_its_window_is_told_and_not_interrupted():
     watching, nobody, told, _ = watch()
     watching.begin(0, 7, 5.0, CHANNEL)
