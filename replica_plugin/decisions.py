@@ -37,8 +37,8 @@ from enum import Enum
 from typing import NamedTuple
 
 from .overtime import GRACE, Overtime, Quota
-from .queue import Queue, Wait
 from .rate import Rate
+from .request_queue import Queue, Wait
 
 
 class Why(Enum):

@@ -16,6 +16,11 @@ from unprivileged import install as install  # a fixture for everyone
 Start = Callable[..., Server]
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """What `-n auto` means: more than there are CPUs, since most tests wait most of their time."""
+    return 2 * (os.cpu_count() or 1)
+
+
 class Starter:
     """Starts servers with a stage of their own, and stops them."""
 

@@ -118,8 +118,8 @@ def test_the_dispatchers_limit_of_descriptors_is_the_hard_one_and_the_processes_
     server = launch(command=command, user=install.uid, group=install.gid, extra_groups=[])
     assert soft_limit(server.dispatcher) == ("400", "400")
     assert soft_limit(server.workers[0]) == ("200", "400")
-    clients = [server.connect() for _ in range(300)]
-    server.wait_numbers(connections=300)
+    clients = [server.connect() for _ in range(240)]
+    server.wait_numbers(connections=240)
     for client in clients:
         client.close()
     stops_gracefully(server, stage)
