@@ -99,7 +99,7 @@ def test_of_three_requests_at_two_threads_one_waits_its_turn(name, start, stage)
 def test_what_the_app_has_works_as_before_and_no_slot_is_lost(name, start):
     """Its database, CORS, and ProxyFix; and requests that fail, stream, and lose their client."""
     server = serve(start, name)
-    everybody = [Pending(lambda: use(server, 8)) for _ in range(6)]
+    everybody = [Pending(lambda: use(server, 4)) for _ in range(6)]
     for each in everybody:
         each.result()
     wait_numbers(server, 0, 0)
