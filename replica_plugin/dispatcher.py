@@ -330,6 +330,8 @@ class Dispatcher:
             now - conn.ready_at,
             self._decisions.overdue_at(action.request),
         )
+        waiting = len(self._decisions.waiting)
+        self._frame.replica_page.write_load(waiting, self._decisions.in_flight - waiting)
         if self._processes.send(action.age, job, conn.fd):
             self._clients.lend(conn)
         else:

@@ -107,6 +107,10 @@ class Numbers(NamedTuple):
     spared: int = 0
 
 
+_LOAD = struct.Struct("@QQ")  # waiting and running, which are neighbours
+_LOAD_OFFSET = 8 * Numbers._fields.index("waiting")
+
+
 class ReplicaPage:
     """What the dispatcher knows. Written by the dispatcher that lives; read by its successor.
 
@@ -150,6 +154,10 @@ class ReplicaPage:
 
     def read(self) -> Numbers:
         return Numbers(*_NUMBERS.unpack_from(self._memory, 0))
+
+    def write_load(self, waiting: int, running: int) -> None:
+        """Two of the numbers, ahead of the others: a request that begins finds itself counted."""
+        _LOAD.pack_into(self._memory, _LOAD_OFFSET, waiting, running)
 
     def write_table(self, rows: list[tuple[int, int, int]]) -> None:
         """Age, slots and pid of every registered process."""

@@ -120,6 +120,13 @@ def test_the_numbers_are_those_written_last_and_zero_before(new):
     assert ReplicaPage(page.fd).read() == numbers
 
 
+def test_the_load_is_two_of_the_numbers(new):
+    page = new(ReplicaPage())
+    page.write(Numbers(1.5, 1, 2, 3, 4, 5, 6, 7))
+    page.write_load(40, 50)
+    assert page.read() == Numbers(1.5, 1, 2, 3, 4, 5, 6, 7)._replace(waiting=40, running=50)
+
+
 def test_the_table_is_beside_the_numbers(new):
     page = new(ReplicaPage())
     assert page.read_table() == []
