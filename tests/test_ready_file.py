@@ -56,12 +56,13 @@ def test_the_file_goes_while_no_process_is_usable(start, stage):
 
 def test_a_file_left_behind_by_a_replica_that_was_killed_is_removed_at_the_next_start(start, stage):
     first = start(config=CONFIG)
+    left = first.folder / "ready"
+    wait_for(left.exists, "the file")
     family = [*first.workers, first.supervisor, first.dispatcher]
     first.tell(signal.SIGSTOP)
     for pid in [first.process.pid, *family]:
         first.tell(signal.SIGKILL, pid)
     first.process.wait(20)
-    left = first.folder / "ready"
     assert left.exists()
     config = {**CONFIG, "ready_file": str(left)}
     start(config=config, env={"HOLD_IMPORT": "1"}, ready=False)
