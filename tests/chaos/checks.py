@@ -216,6 +216,10 @@ def tracebacks(log: str) -> list[str]:
         lines = block.split("\n")
         end = next((n for n, line in enumerate(lines[1:], 1) if line[:1] != " "), len(lines))
         files = [line for line in lines[:end] if line.startswith("  File ")]
-        if files and "/replica_plugin/" in files[-1] and "OverdueError" not in lines[min(end, len(lines) - 1)]:
+        if (
+            files
+            and "/replica_plugin/" in files[-1]
+            and "OverdueError" not in lines[min(end, len(lines) - 1)]
+        ):
             found.append("in the log: Traceback " + "\n".join(lines[: end + 1]))
     return found

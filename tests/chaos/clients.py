@@ -162,14 +162,18 @@ class Visit:
         lines = [f"{'POST' if entry.sent else 'GET'} {entry.path} HTTP/1.1", "Host: chaos", *fields]
         return ("\r\n".join(lines) + "\r\n\r\n").encode()
 
-    async def send(self, entry: Entry, *parts: bytes, pause: float = 0.0, to_end: bool = True) -> bool:
+    async def send(
+        self, entry: Entry, *parts: bytes, pause: float = 0.0, to_end: bool = True
+    ) -> bool:
         """Send a request, or its beginning; whether that was possible. An answer may be there."""
         assert self.connection is not None
         entry.began_at = entry.began_at or time.monotonic()
         entry.tell(f"sends {sum(map(len, parts))} bytes")
         try:
             for part in parts:
+                entry.note_pause()
                 await self.connection.send(part)
+                entry.last_sent_at = time.monotonic()
                 if pause:
                     await asyncio.sleep(pause)
         except EndError as error:

@@ -74,6 +74,8 @@ class Entry:
     connected_at: float = 0.0
     idle_since: float = 0.0  # the connection was, until it was sent
     began_at: float = 0.0  # to send it
+    last_sent_at: float = 0.0  # some of it
+    longest_pause: float = 0.0  # between two parts, for whatever reason
     sent_at: float = 0.0  # all of it
     ended_at: float = 0.0
     outcome: str = ""
@@ -91,6 +93,10 @@ class Entry:
             self.outcome = outcome
             self.ended_at = time.monotonic()
             self.tell(f"{outcome} {self.status or ''} {why}".strip())
+
+    def note_pause(self) -> None:
+        since = self.last_sent_at or self.connected_at
+        self.longest_pause = max(self.longest_pause, time.monotonic() - since)
 
     @property
     def path(self) -> str:
@@ -205,6 +211,13 @@ class Case:
         """From the first byte to the end."""
         return self.entry.ended_at - (self.entry.began_at or self.entry.connected_at)
 
+    def was_slow(self, limit: float) -> bool:
+        """Whether the client stopped in the middle for so long; it may have had no CPU."""
+        return max(self.entry.longest_pause, self.lasted) > limit - MOMENT and (
+            self.has("slow head", "slow body", "severed")
+            or self.entry.longest_pause > limit - MOMENT
+        )
+
     @property
     def body_is_right(self) -> bool:
         entry = self.entry
@@ -240,8 +253,9 @@ class Case:
     # Deaths.
 
     def _deaths(self, role: str) -> list[Death]:
+        """While the connection was there; a death is seen late, and never early."""
         entry = self.entry
-        first, last = entry.connected_at - MOMENT, entry.ended_at + MOMENT
+        first, last = entry.connected_at, entry.ended_at + MOMENT
         return [d for d in self._ledger.deaths if d.role == role and first <= d.at <= last]
 
     @property
@@ -257,7 +271,6 @@ class Case:
 
     @property
     def dispatcher_died(self) -> bool:
-        """While the connection was there."""
         return bool(self._deaths("dispatcher"))
 
     @property
@@ -306,10 +319,16 @@ class Rule(NamedTuple):
     holds: Callable[[Case], bool]
 
 
+SLOW_PROBE = 5.0  # seconds, on a machine that has no CPU to spare
+
 LAWS = (
     Law("lost: nothing became of it", lambda c: bool(c.entry.outcome)),
     Law("run twice", lambda c: len(c.runs) <= 1),
     Law("answered twice", lambda c: not c.entry.beyond),
+    Law(
+        "a slow probe",
+        lambda c: c.entry.kind != "probe" or c.waited < SLOW_PROBE or c.dispatcher_died,
+    ),
     Law("never ended, though its process lives", lambda c: c._judge.all_ended(c.runs)),
 )
 
@@ -324,8 +343,8 @@ RULES = (
     Rule("503", "X-Queue-Timeout", lambda c: not c.ran and c.says("within X-Queue-Timeout") and c.has("impatient")),
     Rule("503", "exempt slots busy", lambda c: not c.ran and c.says("slots for exempt") and c.entry.kind == "exempt"),
     Rule("503", "stop", lambda c: c.says("shutting down") and c.is_stopping),
-    Rule("408", "slow head", lambda c: not c.ran and c.has("slow head") and c.says("header_timeout") and c.lasted > c.times.header - MOMENT),
-    Rule("408", "slow body", lambda c: c.has("slow body", "severed") and c.says("receive_timeout") and c.lasted > c.times.receive - MOMENT),
+    Rule("408", "slow head", lambda c: not c.ran and c.says("header_timeout") and c.was_slow(c.times.header)),
+    Rule("408", "slow body", lambda c: c.says("receive_timeout") and c.was_slow(c.times.receive)),
     Rule("431", "large head", lambda c: not c.ran and c.has("large head")),
     Rule("400", "malformed", lambda c: not c.ran and c.has("malformed")),
     # Its process was killed, or stuck.
@@ -342,6 +361,7 @@ RULES = (
     # The dispatcher died.
     Rule("closed", "waited, or came in part, when the dispatcher died", lambda c: not c.ran and c.dispatcher_died),
     Rule("closed", "dispatcher died, then the process", lambda c: c.was_running_then and (c.process_died or c.has_overrun)),
+    Rule("closed", "about to be told 504 when the dispatcher died", lambda c: c.has_overrun and c.dispatcher_died),
     Rule("cut", "being sent when the dispatcher died", lambda c: c.ran_whole and c.dispatcher_died),
     # The stop.
     Rule("closed", "silent when it stopped", lambda c: not c.ran and c.is_stopping and (c.has("silent") or bool(c.entry.idle_since))),

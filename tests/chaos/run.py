@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> int:
     if not network.has_moved():
         obstacle = network.obstacle()
         if not obstacle:
-            network.move([sys.executable, str(Path(__file__).parent), *arguments, f"--seed={options.seed}"])
+            network.move(
+                [sys.executable, str(Path(__file__).parent), *arguments, f"--seed={options.seed}"]
+            )
         print(f"No connections are cut, since there is no network of our own: {obstacle}")
     command = (
         f"python tests/chaos --minutes {options.minutes:g} --seed {options.seed} --mode {options.mode} "
@@ -54,7 +56,9 @@ def main(arguments: list[str]) -> int:
         print(f"\nPROBLEM {problem}")
     run.report()
     if problems:
-        print(f"\n{len(problems)} problems. The log, and what the app noted: {folder}\nAgain: {command}")
+        print(
+            f"\n{len(problems)} problems. The log, and what the app noted: {folder}\nAgain: {command}"
+        )
         return 1
     shutil.rmtree(folder)
     print("All accounted for.")
