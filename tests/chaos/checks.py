@@ -36,7 +36,7 @@ class Watcher:
         self.exceeded: list[str] = []
         self._server = server
         self._ledger = ledger
-        self._events = open(folder / "events")  # noqa: SIM115
+        self._events = open(folder / "events")
         self._limits = limits
         self._page = MasterPage(wait_for(self._find_page, "the master's page"))
         self._announced: Rules | None = None

@@ -20,6 +20,7 @@ from chaos.app import Limits
 from chaos.clients import Crowd
 from chaos.faults import Scene
 from chaos.ledger import Ledger, Times
+from chaos.rules import Judge
 
 CONFIG = """\
 from replica_plugin import overtime
@@ -40,8 +41,8 @@ def main(arguments: list[str]) -> int:
             )
         print(f"No connections are cut, since there is no network of our own: {obstacle}")
     command = (
-        f"python tests/chaos --minutes {options.minutes:g} --seed {options.seed} --mode {options.mode} "
-        f"--processes {options.processes} --threads {options.threads}"
+        f"python tests/chaos --minutes {options.minutes:g} --seed {options.seed} "
+        f"--mode {options.mode} --processes {options.processes} --threads {options.threads}"
     )
     print(command, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
@@ -56,9 +57,8 @@ def main(arguments: list[str]) -> int:
         print(f"\nPROBLEM {problem}")
     run.report()
     if problems:
-        print(
-            f"\n{len(problems)} problems. The log, and what the app noted: {folder}\nAgain: {command}"
-        )
+        print(f"\n{len(problems)} problems. The log, and what the app noted: {folder}")
+        print(f"Again: {command}")
         return 1
     shutil.rmtree(folder)
     print("All accounted for.")
@@ -95,7 +95,7 @@ class ChaosRun:
         self.ledger.read_runs((self._folder / "events").read_text().splitlines())
         found += scene.watcher.unasked() + scene.watcher.exceeded + scene.crowd.errors
         found += checks.tracebacks(scene.server.log)
-        return found + self.ledger.problems()
+        return found + Judge(self.ledger).problems()
 
     def _begin(self) -> Scene:
         options, times, net = self._options, self.ledger.times, network.Network()
@@ -189,7 +189,7 @@ class ChaosRun:
     def report(self) -> None:
         """What has happened, in numbers."""
         print(f"\n{len(self.ledger.entries)} requests")
-        for reason, count in self.ledger.outcomes().most_common():
+        for reason, count in Judge(self.ledger).outcomes().most_common():
             print(f"{count:7} {reason}")
         print(f"{sum(self._faults.values())} faults")
         for name, count in self._faults.most_common():
