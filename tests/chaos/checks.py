@@ -39,6 +39,7 @@ class Watcher:
         self._events = open(folder / "events")
         self._limits = limits
         self._page = MasterPage(wait_for(self._find_page, "the master's page"))
+        self._publishing = threading.Lock()
         self._announced: Rules | None = None
         self._seen: list[tuple[float, Rules]] = []  # when last
         self._roles: dict[int, tuple[str, int]] = {}  # pidfd to role and pid
@@ -51,8 +52,10 @@ class Watcher:
         self._thread.start()
 
     def announce(self, rules: Rules) -> None:
-        """These are about to be on the page."""
-        self._announced = rules
+        """These are about to be on the page; the app knows when this returns."""
+        with self._publishing:
+            self._announced = rules
+            self._publish(self.rules, time.monotonic())
 
     def await_announced(self) -> None:
         """Wait until they are."""
@@ -100,8 +103,9 @@ class Watcher:
         rules = self._read()
         if rules is not None:
             self._watch("supervisor", self._supervisor)
-            self.rules = rules
-            self._publish(rules, time.monotonic())
+            with self._publishing:
+                self.rules = rules
+                self._publish(rules, time.monotonic())
         for fd, _ in self._poll.poll(0):
             self._on_death(fd)
 
