@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from chaos.app import App, Limits, Presence, right_body
+from chaos.checks import MEMORY, Usage, growth, tracebacks, unexplained
 from chaos.ledger import Death, Entry, Ledger, Run
 from chaos.rules import Judge
 from server import TESTS, environment
@@ -197,6 +198,38 @@ def test_the_history_of_a_request_has_what_everybody_did(ledger, entry):
         "       +0.600 death    of process 7: SIGKILL",
         "       +0.900 process  100 has ended it",
     ]
+
+
+# The server.
+
+
+def test_a_process_that_holds_more_than_any_did_is_named():
+    before = {"master": [Usage(9, 1, 20_000)], "process": [Usage(12, 3, 30_000)] * 2}
+    assert growth(before, {**before, "master": [Usage(9, 1, 20_000 + MEMORY)]}) == []
+    after = {"master": [Usage(10, 1, 20_000)], "process": [Usage(12, 3, 30_000)]}
+    assert growth(before, after) == [
+        "master has grown: Usage(descriptors=9, threads=1, memory=20000), "
+        "now Usage(descriptors=10, threads=1, memory=20000)",
+        "process: 1 of them, 2 in the beginning",
+    ]
+
+
+def test_a_process_that_dies_without_a_cause_is_named():
+    log = (
+        "[22103] [ERROR] Worker (pid:7) was sent SIGKILL! Perhaps out of memory?\n"
+        "[22103] [WARNING] Worker (pid:8) was sent SIGSEGV!\n"
+        "[22103] [WARNING] Worker (pid:9) was sent SIGTERM!\n"
+        "[10] [ERROR] The app cannot be loaded\n"
+        "[22103] [ERROR] Worker (pid:10) exited with code 1.\n"
+    )
+    assert unexplained(log, {7}) == ["process 8 was sent SIGSEGV, of itself"]
+
+
+def test_a_traceback_of_ours_is_found_among_those_of_the_app():
+    theirs = 'Traceback (most recent call last):\n  File "/x/app.py", line 1, in f\nE: theirs\n'
+    ours = theirs.replace("/x/app.py", "/x/replica_plugin/slot.py").replace("theirs", "ours")
+    assert tracebacks(theirs) == []
+    assert tracebacks(theirs + ours + "[7] [INFO] next\n") == [f"in the log: {ours}".rstrip()]
 
 
 # The app.

@@ -201,8 +201,9 @@ def growth(before: dict[str, list[Usage]], after: dict[str, list[Usage]]) -> lis
         most = Usage(*(max(values) for values in zip(*then)))
         if len(after[role]) != len(then):
             found.append(f"{role}: {len(after[role])} of them, {len(then)} in the beginning")
+        limit = most._replace(memory=most.memory + MEMORY)
         for now in after[role]:
-            if now[:2] > most[:2] or now[1] > most[1] or now.memory > most.memory + MEMORY:
+            if any(value > may for value, may in zip(now, limit)):
                 found.append(f"{role} has grown: {most}, now {now}")
     return found
 
@@ -213,17 +214,27 @@ def left(folder: Path) -> list[int]:
     return [pid for pid in all_pids() if mark in environ_of(pid)]
 
 
+_ENDED = re.compile(r"Worker \(pid:(\d+)\) (was sent SIG(?!TERM)\w+|exited with code \d+)")
+
+
+def unexplained(log: str, doomed: set[int]) -> list[str]:
+    """Processes that did not end well, though they had no cause to, and could load the app."""
+    could_not_load = re.findall(r"\[(\d+)\] \[ERROR\] The app cannot be loaded", log)
+    known = {int(pid) for pid in could_not_load} | doomed
+    return [
+        f"process {pid} {how}, of itself"
+        for pid, how in _ENDED.findall(log)
+        if int(pid) not in known
+    ]
+
+
 def tracebacks(log: str) -> list[str]:
-    """Tracebacks in the log that end in our code."""
-    found = []
-    for block in re.split(r"(?m)^Traceback ", log)[1:]:
-        lines = block.split("\n")
-        end = next((n for n, line in enumerate(lines[1:], 1) if line[:1] != " "), len(lines))
-        files = [line for line in lines[:end] if line.startswith("  File ")]
-        if (
-            files
-            and "/replica_plugin/" in files[-1]
-            and "OverdueError" not in lines[min(end, len(lines) - 1)]
-        ):
-            found.append("in the log: Traceback " + "\n".join(lines[: end + 1]))
-    return found
+    """Tracebacks in the log that end in our code, but for those of an interrupt."""
+    found = re.findall(r"(?m)^Traceback .*\n(?:(?: .*)?\n)*\S.*", log)
+    return [f"in the log: {each}" for each in found if _is_ours(each)]
+
+
+def _is_ours(traceback: str) -> bool:
+    files = [line for line in traceback.split("\n") if line.startswith("  File ")]
+    last = traceback.rpartition("\n")[2]
+    return bool(files) and "/replica_plugin/" in files[-1] and "OverdueError" not in last

@@ -77,6 +77,10 @@ class Judge:
         """Whether something was done to a process, or it was stuck."""
         return bool(death.cause) or death.pid in self._stuck
 
+    def doomed(self) -> set[int]:
+        """Processes that had a cause to die."""
+        return {death.pid for death in self._deaths.values() if self.has_cause(death)}
+
     def others(self, entry: Entry) -> int:
         """How many requests besides this one may have been in flight at a moment of its wait."""
         begun = bisect_right(self._begins, entry.ended_at)

@@ -94,8 +94,10 @@ class ChaosRun:
         scene.watcher.close()
         self.ledger.read_runs((self._folder / "events").read_text().splitlines())
         found += scene.watcher.unasked() + scene.watcher.exceeded + scene.crowd.errors
-        found += checks.tracebacks(scene.server.log)
-        return found + Judge(self.ledger).problems()
+        judge, log = Judge(self.ledger), scene.server.log
+        found += checks.tracebacks(log)
+        found += checks.unexplained(log, judge.doomed() | scene.watcher.causes.keys())
+        return found + judge.problems()
 
     def _begin(self) -> Scene:
         options, times, net = self._options, self.ledger.times, network.Network()
@@ -110,6 +112,7 @@ class ChaosRun:
             self._folder,
             *("--timeout", "60", "--graceful-timeout", f"{times.graceful:g}"),
             *("--keep-alive", f"{times.keepalive:g}"),
+            *("--max-requests", "400", "--max-requests-jitter", "200"),
             config=config,
             base=("-c", "chaotic.py"),
             bind=("127.0.0.1:0", "unix:sock"),
