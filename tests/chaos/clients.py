@@ -13,6 +13,7 @@ import struct
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import Future
 from typing import Any
 
 from chaos.ledger import Entry, Ledger
@@ -508,6 +509,7 @@ class Crowd:
         self._count = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._comes = False
+        self._coming: Future[None] | None = None
         self.errors: list[str] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="crowd", daemon=True)
@@ -518,7 +520,7 @@ class Crowd:
     def come(self) -> None:
         """From now on clients come, one after the other, until `pause`."""
         self._comes = True
-        asyncio.run_coroutine_threadsafe(self._go_on(), self._loop)
+        self._coming = asyncio.run_coroutine_threadsafe(self._go_on(), self._loop)
 
     def send(self, client: Client, count: int = 1, *arguments: str) -> None:
         """So many clients of a kind, at once."""
@@ -527,6 +529,8 @@ class Crowd:
     def pause(self) -> None:
         """No more clients come; wait until those that are there have gone."""
         self._comes = False
+        if self._coming is not None:
+            self._coming.result(PATIENCE)
         asyncio.run_coroutine_threadsafe(self._all_gone(), self._loop).result(3 * PATIENCE)
 
     def close(self) -> None:

@@ -329,7 +329,7 @@ RULES = (
     Rule("closed", "half-closed, and had to wait", not_run, trait("half-closed")),
     # Its process died, or it was stuck.
     Rule("502", "process died", says("working on this request died"), process_died),
-    Rule("504", "overdue", says("within request_timeout"), late),
+    Rule("504", "overdue", says("request_timeout"), late),
     Rule("cut", "process died", process_died),
     Rule("cut", "overdue", overran),
     Rule("cut", "the app failed late", ran_whole, action("late")),
