@@ -242,7 +242,7 @@ def exceeded(folder: Path, threads: int = 1, **limits: int) -> list[str]:
     environ = {"PATH_INFO": "/nap/1/0", "wsgi.input": io.BytesIO()}
     assert app(environ, lambda *_: None) == [right_body("nap", 1, "0", b"")]
     lines = (folder / "events").read_text().splitlines()
-    return [line.split(" ", 4)[4] for line in lines if line.startswith("EXCEEDED")]
+    return [line.rstrip().split(" ", 4)[4] for line in lines if line.startswith("EXCEEDED")]
 
 
 def test_a_request_within_all_limits_finds_nothing_wrong(tmp_path):

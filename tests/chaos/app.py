@@ -3,7 +3,7 @@
     /ACTION/NUMBER/ARGUMENT, or /exempt?NUMBER
 
 It writes lines to one file that all processes append to (`EVENT NUMBER PID TIME ...`), each in
-one write, so that a killed process leaves whole lines:
+one write within a page of memory, so that a killed process leaves whole lines:
 
     LOADED 0       the app is loaded; with the process's threads
     BEGUN n        a request has begun;  ENDED n  and its response's body is closed
@@ -34,6 +34,7 @@ from replica_plugin import stats
 
 _FLOCK = struct.Struct("@hhqqi0q")  # type, whence, start, length, pid
 PART = 1 << 16
+LINE = 128  # bytes of each; so none crosses a page, between two of which a write can be killed
 
 
 class Presence:
@@ -249,8 +250,8 @@ class App:
         self.note("LOADED", 0, str(threads))
 
     def note(self, event: str, number: int, more: str = "") -> None:
-        line = f"{event} {number} {os.getpid()} {time.monotonic():.6f} {more}\n"
-        os.write(self._events, line.encode())
+        line = f"{event} {number} {os.getpid()} {time.monotonic():.6f} {more}"
+        os.write(self._events, line.encode()[: LINE - 1].ljust(LINE - 1) + b"\n")
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         if environ["PATH_INFO"] == "/exempt":

@@ -94,7 +94,7 @@ class Watcher:
 
     def _look(self) -> None:
         for line in self._events.readlines():
-            self._on_event(line.rstrip("\n"))
+            self._on_event(line)
         with suppress(OSError, AssertionError):
             living = self._server._page().find_living()
             if living is not None:
@@ -110,7 +110,7 @@ class Watcher:
             self._on_death(fd)
 
     def _on_event(self, line: str) -> None:
-        event, number, pid, _, more = line.split(" ", 4)
+        event, number, pid, _, more = (line.rstrip() + " ").split(" ", 4)
         if event == "LOADED":
             self._watch("process", int(pid))
         elif event == "FATAL":

@@ -122,7 +122,7 @@ class Ledger:
         """What the app has noted."""
         open_runs: dict[tuple[int, int], list[Run]] = defaultdict(list)
         for line in lines:
-            event, number, pid, at, *_ = line.split(" ")
+            event, number, pid, at, *_ = line.split()
             key = int(number), int(pid)
             if event == "BEGUN":
                 run = Run(key[1], float(at), None)
