@@ -110,13 +110,13 @@ class Watcher:
             self._on_death(fd)
 
     def _on_event(self, line: str) -> None:
-        event, number, pid, _, more = (line.rstrip() + " ").split(" ", 4)
+        event, number, pid, _, more = line.split(" ", 4)
         if event == "LOADED":
             self._watch("process", int(pid))
         elif event == "FATAL":
-            self.causes[int(pid)] = f"{more} in request {number}"
+            self.causes[int(pid)] = f"{more.strip()} in request {number}"
         elif event == "EXCEEDED":
-            self.exceeded.append(f"exceeded, seen by request {number}: {more}")
+            self.exceeded.append(f"exceeded, seen by request {number}: {more.strip()}")
 
     def _watch(self, role: str, pid: int) -> None:
         if pid in self._known:
