@@ -29,6 +29,12 @@ class Judge:
         counted = [e for e in ledger.entries.values() if e.kind not in ("probe", "exempt")]
         self._begins = sorted(e.began_at for e in counted if e.began_at)
         self._ends = sorted(self._last_of(e) for e in counted if e.began_at)
+        self._holders = [
+            run
+            for number, runs in ledger.runs.items()
+            if number in ledger.entries and ledger.entries[number].action in ("grip", "spin")
+            for run in runs
+        ]
         self._stuck = {
             run.pid
             for runs in ledger.runs.values()
@@ -80,6 +86,15 @@ class Judge:
     def doomed(self) -> set[int]:
         """Processes that had a cause to die."""
         return {death.pid for death in self._deaths.values() if self.has_cause(death)}
+
+    def was_held(self, run: Run, entry: Entry) -> bool:
+        """Whether its process was kept from running it by a request that keeps the GIL, or hub."""
+        return any(
+            other.pid == run.pid
+            and other.began <= run.began
+            and entry.connected_at < (other.ended or self.died_at(other.pid) or entry.ended_at)
+            for other in self._holders
+        )
 
     def others(self, entry: Entry) -> int:
         """How many requests besides this one may have been in flight at a moment of its wait."""
@@ -172,9 +187,10 @@ def right(case: Case) -> bool:
 
 
 def late(case: Case) -> bool:
-    """Whether request_timeout may have passed; it need not have come as far as into the app."""
-    began = case.runs[0].began if case.runs else case.entry.connected_at
-    return case.entry.ended_at - began > case.times.request - MOMENT
+    """Whether request_timeout may have passed; it may have waited for the GIL for as long."""
+    if not case.runs or case.judge.was_held(case.runs[0], case.entry):
+        return case.waited > case.times.request - MOMENT
+    return case.entry.ended_at - case.runs[0].began > case.times.request - MOMENT
 
 
 def overran(case: Case) -> bool:
