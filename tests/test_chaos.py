@@ -145,6 +145,17 @@ def test_a_reset_needs_the_death_of_a_dispatcher_while_the_request_waited(ledger
     assert problems(ledger) == ["no rule allows: closed"]
 
 
+def test_the_death_of_a_dispatcher_before_the_last_answer_on_a_connection_excuses_nothing(
+    ledger, entry
+):
+    entry.outcome = "closed"
+    entry.connected_at, entry.idle_since = 5.0, 9.9
+    ledger.deaths = [Death("dispatcher", DISPATCHER, 9.0, "SIGKILL")]
+    assert problems(ledger) == ["no rule allows: closed"]
+    ledger.deaths = [Death("dispatcher", DISPATCHER, 9.95, "SIGKILL")]
+    assert problems(ledger) == []
+
+
 def test_a_502_needs_the_death_of_its_process_for_a_cause_that_is_known(ledger, entry):
     answered(entry, 502, b"The process that was working on this request died.\n")
     run(ledger, entry, 10.1, None)

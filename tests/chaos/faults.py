@@ -24,6 +24,7 @@ from chaos.app import make
 {before}
 application = make({folder!r}, {version!r})
 """
+DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 UNLOADABLE = "raise RuntimeError('this version of the app cannot be loaded')"
 
 
@@ -212,7 +213,8 @@ def reload_mode(scene: Scene) -> None:
 
 
 def reload_code(scene: Scene) -> None:
-    scene.write_app()
+    """Another version of the app, which may ignore TERM."""
+    scene.write_app(scene.random.choice(("", "", DEAF)))
     reload_same(scene)
 
 

@@ -138,8 +138,13 @@ class Case:
         return self.entry.ended_at - (self.entry.began_at or self.entry.connected_at)
 
     def deaths(self, role: str) -> list[Death]:
-        """While the connection was there; a death is seen late, and never early."""
-        first, last = self.entry.connected_at, self.entry.ended_at + MOMENT
+        """While the connection was there, and the request before this one was answered.
+
+        A death is seen late, and never early.
+        """
+        idle_since = self.entry.idle_since
+        first = idle_since - MOMENT if idle_since else self.entry.connected_at
+        last = self.entry.ended_at + MOMENT
         return [d for d in self.ledger.deaths if d.role == role and first <= d.at <= last]
 
     @cached_property
