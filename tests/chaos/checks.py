@@ -53,6 +53,7 @@ class Watcher:
 
     def announce(self, rules: Rules) -> None:
         """These are about to be on the page; the app knows when this returns."""
+        assert self._thread.is_alive(), "the watcher has failed"
         with self._publishing:
             self._announced = rules
             self._publish(self.rules, time.monotonic())
