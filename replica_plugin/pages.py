@@ -150,14 +150,16 @@ class ReplicaPage:
         return 0 if kind == fcntl.F_UNLCK else int(pid)
 
     def write(self, numbers: Numbers) -> None:
-        _NUMBERS.pack_into(self._memory, 0, *numbers)
+        """Not with pack_into, which makes everything zero first: a reader would see that."""
+        self._memory[: _NUMBERS.size] = _NUMBERS.pack(*numbers)
 
     def read(self) -> Numbers:
         return Numbers(*_NUMBERS.unpack_from(self._memory, 0))
 
     def write_load(self, waiting: int, running: int) -> None:
         """Two of the numbers, ahead of the others: a request that begins finds itself counted."""
-        _LOAD.pack_into(self._memory, _LOAD_OFFSET, waiting, running)
+        end = _LOAD_OFFSET + _LOAD.size
+        self._memory[_LOAD_OFFSET:end] = _LOAD.pack(waiting, running)
 
     def write_table(self, rows: list[tuple[int, int, int]]) -> None:
         """Age, slots and pid of every registered process."""
