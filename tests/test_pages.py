@@ -144,14 +144,16 @@ def test_a_number_that_is_read_while_another_process_writes_is_the_old_or_the_ne
     page.write(Numbers(*[1] * len(Numbers._fields)))
     command = [sys.executable, "-c", NUMBERS_WRITER, str(page.fd)]
     writer = subprocess.Popen(command, pass_fds=[page.fd])
-    changes, last = 0, 1
-    while changes < 1000:
-        assert writer.poll() is None
-        numbers = page.read()
-        assert set(numbers) <= {1, 2}
-        changes, last = changes + (numbers.beat != last), numbers.beat
-    writer.kill()
-    writer.wait()
+    try:
+        changes, last = 0, 1
+        while changes < 1000:
+            assert writer.poll() is None
+            numbers = page.read()
+            assert set(numbers) <= {1, 2}
+            changes, last = changes + (numbers.beat != last), numbers.beat
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_the_table_is_beside_the_numbers(new):
