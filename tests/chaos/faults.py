@@ -103,6 +103,14 @@ class Scene:
     def cap(self) -> int:
         return self.watcher.rules.cap
 
+    def fire(self) -> None:
+        """Have all slots busy, and some requests wait."""
+        if self.random.random() < 0.7:
+            count = self.cap + self.random.randint(1, 6)
+            self.ledger.tell(f"fire: {count}")
+            self.crowd.send(clients.plain, count, "nap", self.random.choice(("50", "300")))
+            time.sleep(self.random.random() * 0.2)
+
     def stuck(self, action: str, shortest: float, longest: float, most: int = 1) -> None:
         seconds = f"{self.random.uniform(shortest, longest):.1f}"
         count = self.random.randint(1, most)
@@ -114,17 +122,20 @@ class Scene:
 
 
 def kill_process(scene: Scene) -> None:
+    scene.fire()
     workers = scene.server.workers
     if workers:
         scene.signal(scene.random.choice(workers), signal.SIGKILL, "process")
 
 
 def kill_all_processes(scene: Scene) -> None:
+    scene.fire()
     for worker in scene.server.workers:
         scene.signal(worker, signal.SIGKILL, "process")
 
 
 def kill_dispatcher(scene: Scene) -> None:
+    scene.fire()
     scene.signal(scene.server.dispatcher, signal.SIGKILL, "dispatcher")
 
 
@@ -165,6 +176,7 @@ def kill_supervisor(scene: Scene) -> None:
 
 
 def fatal_request(scene: Scene) -> None:
+    scene.fire()
     action = scene.random.choice(("exit", "segfault", "abort"))
     scene.ledger.tell(f"a request that ends its process: {action}")
     scene.crowd.send(clients.plain, 1, action, scene.random.choice(("0", "1", "77")))
@@ -200,6 +212,7 @@ def reload_twice(scene: Scene) -> None:
 
 def reload_other(scene: Scene) -> None:
     """Other numbers."""
+    scene.fire()
     first, choose = scene.first, scene.random
     processes = choose.randint(1, first["processes_per_replica"] + 1)
     threads = choose.randint(1, first["threads_per_process"] + 2)
@@ -248,12 +261,14 @@ def one_more(scene: Scene) -> None:
 
 
 def one_less(scene: Scene) -> None:
+    scene.fire()
     rules = scene.watcher.rules
     if rules.processes > 1:
         scene.expect(replace(rules, processes=rules.processes - 1), signal.SIGTTOU)
 
 
 def recycle_process(scene: Scene) -> None:
+    scene.fire()
     workers = scene.server.workers
     if workers:
         scene.signal(scene.random.choice(workers), signal.SIGTERM, "process")

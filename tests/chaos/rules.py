@@ -212,10 +212,16 @@ def overran(case: Case) -> bool:
 
 def process_died(case: Case) -> bool:
     """The process that ran it, for a known cause, meanwhile; any process, if it had not begun."""
-    pids = {run.pid for run in case.runs if run.ended is None}
+    causes = [death for death in case.deaths("process") if case.judge.has_cause(death)]
+    return any(not case.runs or _ran_it_until(death, case) for death in causes)
+
+
+def _ran_it_until(death: Death, case: Case) -> bool:
+    """The app is done before the slot is, which may have much to send."""
+    sending = float("inf") if case.entry.action == "large" else MOMENT
     return any(
-        case.judge.has_cause(death) and (not case.runs or death.pid in pids)
-        for death in case.deaths("process")
+        run.pid == death.pid and (run.ended is None or death.at < run.ended + sending)
+        for run in case.runs
     )
 
 
@@ -352,6 +358,7 @@ RULES = (
     Rule("502", "process died", says("working on this request died"), process_died),
     Rule("504", "overdue", says("request_timeout"), late),
     Rule("cut", "process died", process_died),
+    Rule("closed", "process died, about to answer", ran_whole, process_died),
     Rule("cut", "overdue", overran),
     Rule("cut", "the app failed late", ran_whole, action("late")),
     # The dispatcher died.
