@@ -105,11 +105,10 @@ class Scene:
 
     def fire(self) -> None:
         """Have all slots busy, and some requests wait."""
-        if self.random.random() < 0.7:
-            count = self.cap + self.random.randint(1, 6)
-            self.ledger.tell(f"fire: {count}")
-            self.crowd.send(clients.plain, count, "nap", self.random.choice(("50", "300")))
-            time.sleep(self.random.random() * 0.2)
+        count = self.cap + self.random.randint(1, 6)
+        self.ledger.tell(f"fire: {count}")
+        self.crowd.send(clients.plain, count, "nap", "400")
+        time.sleep(0.05 + self.random.random() * 0.2)
 
     def stuck(self, action: str, shortest: float, longest: float, most: int = 1) -> None:
         seconds = f"{self.random.uniform(shortest, longest):.1f}"
