@@ -205,6 +205,9 @@ class Visit:
         except EndError as error:
             entry.end("cut" if head or connection.has_begun else "closed", str(error))
             return False
+        except (ValueError, IndexError) as error:
+            entry.end("garbled", repr(error))
+            return False
         entry.end("answered", _version(fields))
         if closes or not goes_on:
             entry.beyond = await connection.rest()

@@ -103,6 +103,12 @@ class Scene:
     def cap(self) -> int:
         return self.watcher.rules.cap
 
+    def process(self) -> int | None:
+        """Some process: more often than not one that has the app."""
+        ready = [pid for _, _, pid in self.server._page().read_table()]
+        found = ready if ready and self.random.random() < 0.8 else self.server.workers
+        return self.random.choice(found) if found else None
+
     def fire(self) -> None:
         """Have all slots busy, and some requests wait."""
         count = self.cap + self.random.randint(1, 6)
@@ -122,9 +128,9 @@ class Scene:
 
 def kill_process(scene: Scene) -> None:
     scene.fire()
-    workers = scene.server.workers
-    if workers:
-        scene.signal(scene.random.choice(workers), signal.SIGKILL, "process")
+    process = scene.process()
+    if process is not None:
+        scene.signal(process, signal.SIGKILL, "process")
 
 
 def kill_all_processes(scene: Scene) -> None:
@@ -268,9 +274,9 @@ def one_less(scene: Scene) -> None:
 
 def recycle_process(scene: Scene) -> None:
     scene.fire()
-    workers = scene.server.workers
-    if workers:
-        scene.signal(scene.random.choice(workers), signal.SIGTERM, "process")
+    process = scene.process()
+    if process is not None:
+        scene.signal(process, signal.SIGTERM, "process")
 
 
 def reopen_logs(scene: Scene) -> None:

@@ -5,6 +5,7 @@ whoever watches the processes. rules.py says which of it is right.
 
     outcome     what the client saw
     answered    a whole response; `status` and `body` say which
+    garbled     something that is no response
     cut         a response that ended before its end
     closed      the end of the connection, and not a byte of a response
     refused     no connection
