@@ -95,6 +95,29 @@ def test_whatever_is_read_while_another_process_writes_was_written_as_a_whole(ne
     assert reads > 1
 
 
+BEATING = """
+import sys
+from replica_plugin.pages import Numbers, ReplicaPage
+page = ReplicaPage(int(sys.argv[1]))
+while True:
+    page.write(Numbers(7.0, *[7] * (len(Numbers._fields) - 1)))
+    page.write_load(7, 7)
+"""
+
+
+def test_no_number_that_is_read_while_another_process_writes_is_zero(new):
+    page = new(ReplicaPage())
+    sevens = Numbers(7.0, *[7] * (len(Numbers._fields) - 1))
+    page.write(sevens)
+    writer = subprocess.Popen([sys.executable, "-c", BEATING, str(page.fd)], pass_fds=[page.fd])
+    try:
+        assert {page.read() for _ in range(200_000)} == {sevens}
+        assert writer.poll() is None
+    finally:
+        writer.kill()
+        writer.wait()
+
+
 def test_a_value_that_is_too_big_is_refused_and_the_old_one_stays(new):
     page = new(MasterPage())
     page.write({"a": 1})
