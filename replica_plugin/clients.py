@@ -306,6 +306,11 @@ class Clients:
 
     # Time.
 
+    @property
+    def hurries(self) -> bool:
+        """Whether `tick` is needed at once."""
+        return bool(self._answered)
+
     def next_deadline(self) -> float:
         """When `tick` is needed next, or sooner."""
         if self._answered:

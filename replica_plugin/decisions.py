@@ -429,7 +429,7 @@ class Decisions:
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
         self.given_up = True
-        left = self.exempt.clear() + self.waiting.clear()
+        left = self.exempt.take_all() + self.waiting.take_all()
         return [Refuse(request, Why.STOPPING) for request in left]
 
     # How it is decided.
