@@ -68,7 +68,7 @@ class Clients:
         self._resumable = False
         self._last_call_at = math.inf
         self.called = False  # the last call is over
-        self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
+        self.answered: deque[Connection] = deque()  # here, and `tick` is to look at them soon
         self.serve(serving)
 
     def serve(self, serving: Serving) -> None:
@@ -219,7 +219,7 @@ class Clients:
         if keep:
             conn.next_request(conn.ahead, conn.carry)
             self._arriving.await_next(conn, now)
-            self._answered.append(conn)
+            self.answered.append(conn)
         else:
             self._endings.linger(conn, now)
 
@@ -306,14 +306,9 @@ class Clients:
 
     # Time.
 
-    @property
-    def hurries(self) -> bool:
-        """Whether `tick` is needed at once."""
-        return bool(self._answered)
-
     def next_deadline(self) -> float:
         """When `tick` is needed next, or sooner."""
-        if self._answered:
+        if self.answered:
             return 0.0
         return min(
             self._arriving.due(),
@@ -324,8 +319,8 @@ class Clients:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
-        for _ in range(len(self._answered)):
-            self._on_answered(self._answered.popleft(), now)
+        for _ in range(len(self.answered)):
+            self._on_answered(self.answered.popleft(), now)
         self._arriving.tick(now)
         for conn in self._endings.tick(now):
             self._judge.on_cut_off(conn, now)

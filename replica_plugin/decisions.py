@@ -319,11 +319,15 @@ class Decisions:
         self._see_whether_ready()
         return self._start(now)
 
-    def done(self, age: int, request: int, now: float) -> list[Action]:
-        """A slot has finished this request and waits for the next: one credit."""
-        if not self.runs(age, request):
-            return []
-        self._end(self.processes[age], request)
+    def done(self, age: int, request: int, now: float) -> list[Action] | None:
+        """A slot has finished this request and waits for the next: one credit.
+
+        None if that process does not run it: it was said twice, or is another process's.
+        """
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return None
+        self._end(process, request)
         return self._start(now)
 
     def overdue(self, age: int, request: int) -> bool:
@@ -446,6 +450,8 @@ class Decisions:
     def _start(self, now: float) -> list[Action]:
         """Send what waits while there are credits and the cap allows; what is exempt first."""
         started: list[Action] = []
+        if not (self.waiting or self.exempt):
+            return started
         while self.exempt and (process := self._least_busy_for_exempt()):
             started.append(self._begin(now, process, *self.exempt.take()))
         while self.waiting and (process := self._least_busy()):

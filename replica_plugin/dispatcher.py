@@ -106,7 +106,7 @@ class Dispatcher:
         now = time.monotonic()
         if events:
             self._on_events(events, now)
-            self._tick_at = now if self._clients.hurries else min(self._tick_at, now + MOMENT)
+            self._tick_at = now if self._clients.answered else min(self._tick_at, now + MOMENT)
         if self._tick_at <= now:
             self._tick(now)
             self._tick_at = min(now + TURN, self._next_deadline())
@@ -239,15 +239,12 @@ class Dispatcher:
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
-        if not self._decisions.runs(link.age, report.request):
-            if report.rest is not None:
-                report.rest.close()
-            return  # said twice, or of another process's request
-        conn = self._requests.pop(report.request, None)
-        self._perform(self._decisions.done(link.age, report.request, now), now)
+        actions = self._decisions.done(link.age, report.request, now)
+        conn = self._requests.pop(report.request, None) if actions is not None else None
+        self._perform(actions or [], now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
-        elif report.rest is not None:  # we have answered already, in place of the slot
+        elif report.rest is not None:  # of another's request, or one that we have answered
             report.rest.close()
         if report.rest is not None:  # how much room there is for others, slots read on the page
             self._frame.replica_page.write(self._numbers(now))
