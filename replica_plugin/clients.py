@@ -29,7 +29,7 @@ from typing import Protocol
 from .answers import UNTAKEN, Answer
 from .arriving import Arriving
 from .channel import Adopt, End, Report
-from .connection import Connection, State
+from .connection import Connection, State, timeval
 from .deadlines import Deadlines
 from .endings import Endings
 from .head import Head
@@ -74,6 +74,7 @@ class Clients:
     def serve(self, serving: Serving) -> None:
         """Take over settings that may have changed; they hold for waits that go on, too."""
         self._serving = serving
+        self._limits = timeval(serving.receive_timeout), timeval(serving.send_timeout)
         self._arriving.serve(serving)
         self._endings.serve(serving.send_timeout)
 
@@ -101,7 +102,7 @@ class Clients:
         self._go_on(conn, now)
 
     def _take(self, conn: Connection, now: float) -> None:
-        conn.limit_waits(self._serving.receive_timeout, self._serving.send_timeout)
+        conn.limit_waits(*self._limits)
         self.connections[conn.fd] = conn
 
     def on_event(self, conn: Connection, mask: int, now: float) -> None:

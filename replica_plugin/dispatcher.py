@@ -25,10 +25,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from . import answers
+from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
 from .channel import Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
-from .decisions import Action, Decisions, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
+from .decisions import Decisions
 from .guard import Guard
 from .head import Head
 from .heritage import Heritage
@@ -234,6 +235,8 @@ class Dispatcher:
             self._on_returned(link, report.request, now)
         elif report.kind is Kind.STALLED:
             self._on_explained(link, report)
+        elif report.kind is Kind.TURNING:
+            self._processes.watch(now)
         else:
             self._on_overdue(link, report, now)
 

@@ -178,6 +178,7 @@ def test_a_process_whose_hub_stands_still_is_sent_nothing_until_it_turns_again(s
     finish(*actors, last)
     stage.next().finish()
     close([client, *others])
+    assert "request_timeout" not in server.log
 
 
 def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(start, stage):
