@@ -216,7 +216,7 @@ class Dispatcher:
             self._on_returned(link, report.request, now)
         elif report.kind is Kind.STALLED:
             self._on_explained(link, report)
-        else:
+        elif report.kind is not Kind.TURNING:  # which only had to wake us: the cells say it
             self._on_overdue(link, report, now)
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:

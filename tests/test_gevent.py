@@ -198,6 +198,16 @@ def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(st
     close(clients)
 
 
+def test_of_a_hub_that_turns_again_the_log_says_nothing(start, stage):
+    server = start(config=ONE)
+    client, actor = block_one(server, stage)
+    before = server.log
+    actor.finish()
+    close([client])
+    assert server.get("/hello").status == 200
+    assert server.log == before
+
+
 def test_probes_answer_while_every_hub_stands_still_and_the_replica_is_ready(start, stage):
     server = start(config=GEVENT)
     clients = [server.connect().ask("/freeze/x") for _ in range(2)]
