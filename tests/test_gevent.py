@@ -327,6 +327,13 @@ def test_preloaded_libraries_that_hold_what_gevent_replaces_are_warned_of(start)
     assert "gevent's patch" not in server.log
 
 
+def test_a_process_with_a_preloaded_flask_app_ends_without_a_word(start):
+    files = {"plain.py": "from flask import Flask\n\napplication = Flask('plain')\n"}
+    server = start("--preload", config=ONE, app="plain:application", files=files)
+    assert server.stop() == 0
+    assert "Exception ignored" not in server.log
+
+
 def test_a_configuration_that_patches_first_works_with_preload(start, stage):
     files = {"conf.py": PATCHED_EARLY, "holds.py": HOLDS, "uses.py": USES}
     base = ("-c", "conf.py", "--preload")
