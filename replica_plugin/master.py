@@ -228,10 +228,14 @@ class Master:
         self.tell()
 
     def in_worker(self) -> None:
-        """We are in a forked worker: close what only the master needs."""
+        """We are in a forked worker, which runs the app: let go of what only the master needs."""
         for listener in self._arbiter.LISTENERS:
             listener.close()
         self.control.close()
+        for fd in (*self._nudges, self._supervisor_pidfd):
+            os.close(fd)
+        self.page.only_read()
+        self.replica_page.only_read()
 
     def offer_socket(self) -> socket.socket:
         """Where a process registers."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import select
 import signal
 import socket
 import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from server import Server
@@ -51,6 +53,26 @@ def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code)
         actor.finish()
     assert [each.result().status for each in pending] == [200] * 2
     assert server.dispatcher == dispatcher
+
+
+def test_a_process_can_only_read_what_master_and_dispatcher_write(start):
+    """Nor does it hold what only the master needs: neither by a mapping nor by a descriptor."""
+    server = rogue(start, ONE)
+    (worker,) = server.workers
+    mapped = re.findall(r"(\S+) \S+ \S+ \S+ +/memfd:replica-(\w+)", read(worker, "maps"))
+    assert sorted(mapped) == [("r--s", "master"), ("r--s", "numbers"), ("rw-s", "cells")]
+    held = {}
+    for link in Path(f"/proc/{worker}/fd").iterdir():
+        name = os.readlink(link)
+        flags = int(read(worker, f"fdinfo/{link.name}").split("flags:")[1].split()[0], 8)
+        held.setdefault(name.partition(" ")[0], set()).add(flags & os.O_ACCMODE)
+    assert held["/memfd:replica-master"] == held["/memfd:replica-numbers"] == {os.O_RDONLY}
+    assert "/memfd:replica-load" not in held
+    assert "anon_inode:[eventfd]" not in held
+
+
+def read(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
 
 
 # What comes on the control socket.
