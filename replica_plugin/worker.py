@@ -334,7 +334,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _describe(self, again: bool) -> Register:
         leaving = self._leaving_since is not None or not self.serving
-        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving, self._extra)
+        return Register(self.age, self.cfg.threads, again, leaving, self._extra)
 
 
 class ThreadWorker(ReplicaWorker):
