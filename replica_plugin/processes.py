@@ -201,15 +201,16 @@ class Processes:
                 return
             except OSError:
                 data, fds = b"", []
+            if not data:
+                close_all(fds)
+                self._close_channel(link)
+                return
             try:
-                report = decode_report(data, fds) if data else None
+                report = decode_report(data, fds)
             except ValueError:
                 self._on_nonsense(link)
                 return
-            if report is None:
-                self._close_channel(link)
-            else:
-                yield report
+            yield report
 
     def _on_nonsense(self, link: Link) -> None:
         self._office.on_nonsense(link)
