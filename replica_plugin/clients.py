@@ -28,7 +28,7 @@ from typing import Protocol
 
 from .answers import UNTAKEN, Answer
 from .arriving import Arriving
-from .channel import Adopt, End, Report
+from .channel import Address, Adopt, End, Report
 from .connection import Connection, State, timeval
 from .deadlines import Deadlines
 from .endings import Endings
@@ -94,9 +94,9 @@ class Clients:
             self._arriving.shed()
         return more
 
-    def adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None:
+    def adopt(self, adopt: Adopt, sock: socket.socket, client: Address, now: float) -> None:
         """Take on a connection that a slot was working on when our predecessor died."""
-        conn = Connection(sock, adopt.client, adopt.server, sock.family == socket.AF_UNIX)
+        conn = Connection(sock, client, adopt.server, sock.family == socket.AF_UNIX)
         conn.number, conn.ahead, conn.carry = adopt.number, adopt.ahead, adopt.carry
         self._take(conn, now)
         self._go_on(conn, now)

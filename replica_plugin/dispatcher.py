@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 from . import answers
 from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
-from .channel import Adopt, Job, Kind, Report, decode_stall
+from .channel import Address, Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
 from .decisions import Decisions
@@ -286,6 +286,12 @@ class Dispatcher:
     def on_sendable(self, link: Link, now: float) -> None:
         self._perform(self._decisions.sendable(link.age, now), now)
 
+    def may_have(self, slots: int) -> bool:
+        """What the master says last, of which the nudge may still be on its way."""
+        if slots > self._wishes.most_threads:
+            self._read_page(time.monotonic())
+        return slots <= self._wishes.most_threads
+
     def on_nonsense(self, link: Link) -> None:
         self._journal.error("Process %d says what no process of ours says: killing it", link.pid)
 
@@ -316,9 +322,12 @@ class Dispatcher:
         else:
             self._clients.answer(conn, answers.LOST, now)
 
-    def on_adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None:
+    def on_adopt(self, adopt: Adopt, sock: socket.socket, client: Address, now: float) -> None:
         """A slot has finished with a connection that our predecessor sent it."""
-        self._clients.adopt(adopt, sock, now)
+        if self._clients.listeners.has_room(sock.fileno()):
+            self._clients.adopt(adopt, sock, client, now)
+        else:
+            sock.close()
 
     # What the decisions say.
 

@@ -112,6 +112,47 @@ def test_at_the_start_one_process_loads_after_another(start, stage, p):
     server.wait_numbers(processes=p)
 
 
+IMPATIENT = """\
+from replica_plugin import loading
+loading.PATIENCE = 0.5
+from replica_plugin.conf import *
+"""
+
+
+def test_behind_one_that_hangs_as_it_loads_the_others_load_after_all(start, stage):
+    base, files = ("-c", "impatient.py"), {"impatient.py": IMPATIENT}
+    p = {"processes_per_replica": 3}
+    server = start(base=base, files=files, config=p, env=HELD, ready=False)
+    hangs = stage.next()
+    for n in (1, 2):
+        stage.next().finish()
+        server.wait_numbers(processes=n)
+    server.wait_log(rf"in spite of stagger_init: for 0.5 s process {hangs.pid} has been loading it")
+    assert server.get("/hello").status == 200
+    hangs.finish()
+    server.wait_ready()
+
+
+def test_the_next_one_loads_when_the_one_that_loads_is_killed(start, stage):
+    server = start(config=TWO, env=HELD, ready=False)
+    first = stage.next()
+    server.tell(signal.SIGKILL, first.pid)
+    for _ in range(2):
+        stage.next().finish()
+    server.wait_ready()
+
+
+def test_processes_that_wait_for_their_turn_end_with_the_master(start, stage):
+    server = start(config={"processes_per_replica": 3}, env=HELD, ready=False)
+    loading = stage.next()
+    wait_for(lambda: len(server.workers) == 3, "all processes")
+    waiting = [pid for pid in server.workers if pid != loading.pid]
+    server.tell(signal.SIGKILL)
+    server.process.wait()
+    wait_for(lambda: not set(waiting) & set(start.left()), "their end")
+    loading.finish()
+
+
 def test_without_stagger_init_all_load_at_once(start, stage):
     server = start(config={**TWO, "stagger_init": False}, env=HELD, ready=False)
     for actor in stage.take(2):

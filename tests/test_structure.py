@@ -65,6 +65,13 @@ def test_the_dispatcher_imports_nothing_that_runs_user_code_or_reads_configurati
     assert reached <= DISPATCHER
 
 
+def test_nothing_that_a_process_has_written_is_read_with_marshal_which_could_crash_the_reader():
+    """But for jobs, which the dispatcher writes, and in which a process's words are bytes."""
+    readers = [path.name for path in PACKAGE.glob("*.py") if "marshal.loads" in path.read_text()]
+    assert readers == ["channel.py"]
+    assert (PACKAGE / "channel.py").read_text().count("marshal.loads") == 1
+
+
 def test_importing_the_package_imports_neither_flask_nor_gunicorn_nor_anything_of_linux():
     code = "import sys, replica_plugin; print(*sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
