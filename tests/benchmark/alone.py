@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -35,6 +36,7 @@ from replica_plugin.rules import Privileges, Serving, Wishes
 from replica_plugin.slot import Slot
 
 from .bare import app
+from .peers import environment
 
 REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n\r\n"
 CLOSING = REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
@@ -133,10 +135,9 @@ KINDS: dict[str, Callable[[], Callable[[int], None]]] = {
 
 def figures() -> dict[str, dict[str, float]]:
     """CPU per request and, where there is valgrind, thousands of instructions, of each kind."""
-    found = {}
-    for kind in KINDS:
-        found[kind] = {"CPU us": float(_run(kind, 2000).stdout)}
-        if shutil.which("valgrind"):
+    found = {kind: {"CPU us": float(_run(kind, 2000).stdout)} for kind in KINDS}
+    if shutil.which("valgrind"):
+        for kind in KINDS:
             found[kind]["thousand instructions"] = count(kind) / 1000
     return found
 
@@ -144,22 +145,29 @@ def figures() -> dict[str, dict[str, float]]:
 def count(kind: str) -> float:
     """Instructions per request, as valgrind counts them."""
     fewer, more = COUNTED
-    return (_counted(kind, more) - _counted(kind, fewer)) / (more - fewer)
+    with ThreadPoolExecutor(2) as pool:
+        few, many = pool.map(lambda requests: _counted(kind, requests), COUNTED)
+    return (many - few) / (more - fewer)
 
 
 def _counted(kind: str, requests: int) -> int:
-    said = _run(
-        kind, requests, "valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null"
-    ).stderr
+    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
+    said = _run(kind, requests, *tool).stderr
     found = re.search(r"Collected : (\d+)", said)
     assert found, said
     return int(found[1])
 
 
 def _run(kind: str, requests: int, *before: str) -> subprocess.CompletedProcess[str]:
-    line = (*before, sys.executable, "-m", "benchmark.alone", kind, str(requests))
-    env = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
-    return subprocess.run(line, env=env, check=True, capture_output=True, text=True, timeout=300)
+    return subprocess.run(
+        (*before, sys.executable, "-m", "benchmark.alone", kind, str(requests)),
+        cwd=Path(__file__).parents[1],
+        env={**environment(), "PYTHONHASHSEED": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def main(kind: str, requests: int) -> None:

@@ -15,6 +15,8 @@ from .targets import targets
 BEGIN, END = "<!-- results -->\n", "<!-- end of results -->\n"
 SHARES = ("begin at once", "pair")
 LATE_MS = 1.0
+FAILED = "failed"
+Rows = list[list[str]]
 TITLES = {
     "start": "Start",
     "waiting": "Waiting",
@@ -61,28 +63,26 @@ def _run_line(run: Mapping[str, str]) -> str:
     )
 
 
-def _tables(
-    cells: Mapping[str, Mapping[str, Figures]],
-) -> Iterator[tuple[list[str], list[list[str]]]]:
-    """Cells with the same figures share a table."""
-    tables: dict[tuple[str, ...], list[list[str]]] = {}
+def _tables(cells: Mapping[str, Mapping[str, Figures]]) -> Iterator[tuple[list[str], Rows]]:
+    """Cells with the same figures share a table; failures have a column where there are some."""
+    tables: dict[tuple[str, ...], list[tuple[str, str, Figures]]] = {}
     for cell, peers in cells.items():
-        peers = {name: each for name, each in peers.items() if name != waiting.GENERATOR}
-        figures = tuple(
-            dict.fromkeys(f for each in peers.values() for f in each if _is_shown(f, peers))
-        )
-        rows = tables.setdefault(figures, [])
-        for name, each in peers.items():
-            rows.append([cell, name, *(_value(figure, each.get(figure, [])) for figure in figures)])
+        rows = [(cell, name, each) for name, each in peers.items() if name != waiting.GENERATOR]
+        figures = tuple(dict.fromkeys(f for row in rows for f in row[2] if _is_shown(f)))
+        tables.setdefault(figures, []).extend(rows)
     for figures, rows in tables.items():
-        yield ["", "", *figures], rows
+        if any(any(each.get(FAILED, [])) for _, _, each in rows):
+            figures = (*figures, FAILED)
+        values = ([_value(f, each.get(f, [])) for f in figures] for _, _, each in rows)
+        yield (
+            ["", "", *figures],
+            [[cell, name, *row] for (cell, name, _), row in zip(rows, values, strict=True)],
+        )
 
 
-def _is_shown(figure: str, peers: Mapping[str, Figures]) -> bool:
-    """Failures only where there are some; user and system mode only in the breakdown."""
-    if figure == "failed":
-        return any(any(each.get(figure, [])) for each in peers.values())
-    return not figure.endswith((" user us", " system us"))
+def _is_shown(figure: str) -> bool:
+    """User and system mode are only in the breakdown."""
+    return figure != FAILED and not figure.endswith((" user us", " system us"))
 
 
 def _value(figure: str, values: list[float]) -> str:

@@ -121,7 +121,7 @@ class Server:
         self._process = subprocess.Popen(
             line,
             cwd=self._folder.name,
-            env={**_environment(), **peer.env, **env},
+            env={**environment(), **peer.env, **env},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
@@ -222,9 +222,10 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
-def _environment() -> dict[str, str]:
-    """Ours, without what would configure a server."""
+def environment() -> dict[str, str]:
+    """Ours, without what would configure a server, and with this package to be imported."""
     prefixes = ("REPLICA_", "GUNICORN", "GRANIAN_", "UWSGI_", "FLASK_")
     clean = {k: v for k, v in os.environ.items() if not k.startswith(prefixes)}
     clean.pop("WEB_CONCURRENCY", None)
-    return {**clean, "PYTHONPATH": str(Path(__file__).parents[1])}
+    path = [str(Path(__file__).parents[1]), *filter(None, [clean.get("PYTHONPATH")])]
+    return {**clean, "PYTHONPATH": os.pathsep.join(path)}
