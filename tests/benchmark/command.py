@@ -26,7 +26,7 @@ PARTS: Mapping[str, Callable[[Run], None]] = {
     "growth": growth.measure,
     "fault": fault.measure,
 }
-TAKES = {"start": 80, "waiting": 960, "overhead": 480, "overload": 330, "growth": 330, "fault": 480}
+TAKES = {"start": 80, "waiting": 850, "overhead": 380, "overload": 230, "growth": 330, "fault": 260}
 """Seconds of a part in a full run."""
 
 FILES = 65536

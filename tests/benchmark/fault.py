@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 
 from .load import Request, closed_loop
-from .peers import CAPPED, OURS, Server, serving
+from .peers import CAPPED, OURS, PEERS, Server, serving
 from .plan import Run
 
 P, T = 2, 2
@@ -18,13 +18,13 @@ LATE = 16
 SHORT, LONG = "/sleep/0.02", "/sleep/0.2"
 KILLED = "a process killed, 24 in flight"
 TERM = "TERM, 40 clients"
-HUP = f"HUP, boot of {BOOT:g} s, 8 clients"
+RELOAD = f"reload, boot of {BOOT:g} s, 8 clients"
 CLOSE_LATE = f"{LATE} clients that close 2 s late"
 DISPATCHER = "the dispatcher killed, 16 clients"
 
 
 def measure(run: Run) -> None:
-    for number in range(run.plan.faults):
+    for number in range(run.plan.less):
         for name in run.among(CAPPED):
             run.progress.say("kill, late clients and TERM", f"round {number + 1}", name)
             with serving([name], P, T) as servers:
@@ -38,10 +38,11 @@ def measure(run: Run) -> None:
             with serving([OURS], P, T) as servers:
                 run.part.add(DISPATCHER, OURS, _kill_dispatcher(servers[OURS]))
     for name in run.among(CAPPED):
-        run.progress.say(HUP, name)
+        if PEERS[name].reload is None:
+            continue
+        run.progress.say(RELOAD, name)
         with serving([name], P, T, env={"BENCHMARK_BOOT": str(BOOT)}) as servers:
-            if servers[name].peer.hup:
-                run.part.add(HUP, name, _hup(servers[name]))
+            run.part.add(RELOAD, name, _reload(servers[name]))
 
 
 def _kill_process(server: Server) -> dict[str, float]:
@@ -53,7 +54,7 @@ def _kill_process(server: Server) -> dict[str, float]:
         at = time.monotonic()
         os.kill(server.workers[0], signal.SIGKILL)
 
-    requests = closed_loop(server.address, IN_FLIGHT, LONG, 4, after=1, action=kill)
+    requests = closed_loop(server.address, IN_FLIGHT, LONG, 2.5, after=0.7, action=kill)
     hit = [each for each in requests if each.due <= at < each.done]
     return {"lost": float(_lost(hit)), "longest wait s": _longest(requests)}
 
@@ -72,17 +73,15 @@ def _term(server: Server) -> dict[str, float]:
         SHORT,
         5,
         after=1,
-        action=lambda: server.tell(signal.SIGTERM),
+        action=lambda: os.kill(server.pid, signal.SIGTERM),
         until_refused=True,
     )
     tried = [each for each in requests if not each.refused and each.done]
     return {"lost": float(_lost(tried))}
 
 
-def _hup(server: Server) -> dict[str, float]:
-    requests = closed_loop(
-        server.address, 8, SHORT, 4 * BOOT, after=1, action=lambda: server.tell(signal.SIGHUP)
-    )
+def _reload(server: Server) -> dict[str, float]:
+    requests = closed_loop(server.address, 8, SHORT, 3.5 * BOOT, after=1, action=server.reload)
     return {"lost": float(_lost(requests)), "longest wait s": _longest(requests)}
 
 

@@ -32,7 +32,7 @@ DEEPEST = 30000  # max_replica_concurrency of the replica with a deep queue
 def measure(run: Run) -> None:
     for p, t in run.plan.shapes:
         with serving(run.among(THREE), p, t) as servers:
-            for number in range(run.plan.rounds):
+            for number in range(run.plan.less):
                 run.progress.say(shape(p, t), f"round {number + 1}")
                 for name, server in servers.items():
                     run.part.add(shape(p, t), name, _all_figures(run, server, p * t, number))
@@ -77,7 +77,7 @@ def _all_figures(run: Run, server: Server, slots: int, number: int) -> dict[str,
 def _idle(run: Run) -> None:
     counts = list(run.plan.idle)
     with _idling(counts) as servers:
-        for number in range(run.plan.rounds):
+        for number in range(run.plan.less):
             for count, server in servers.items():
                 run.progress.say(idle_cell(count), f"round {number + 1}")
                 run.part.add(idle_cell(count), OURS, _all_figures(run, server, P * T, number))

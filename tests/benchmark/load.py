@@ -2,8 +2,8 @@
 
 1. What a request took counts from when it was due, not from when it could be sent: a generator that
    is held up would else hide the wait it is there to measure.
-2. Each request knows when it was due and when its last byte was handed to the kernel. Results carry
-   how late that was.
+2. Each request knows when it was due and when all that the thread can do for it was done: connect
+   and send, as far as the kernel takes it. Results carry how late that was.
 3. Until the next request is due the thread sleeps in select(), whose timeout is in microseconds
    (that of epoll_wait() is in milliseconds), and for the last SPIN seconds asks without sleeping.
 4. Where it may, the thread runs before all else (SCHED_FIFO). It needs a few percent of a CPU, but
@@ -96,6 +96,7 @@ class Clients:
     def send(self, path: str, due: float) -> Request:
         request = Request(path, due)
         self._send(request, self._idle.pop() if self._idle else None)
+        request.sent = monotonic()
         return request
 
     def serve(self, until: float) -> list[Request]:
@@ -139,10 +140,8 @@ class Clients:
             self._lost(connection)
             return
         connection.unsent = connection.unsent[count:]
-        if not connection.unsent:
-            request.sent = monotonic()
-            if not connection.used:
-                self._epoll.modify(connection.sock, select.EPOLLIN)
+        if not connection.unsent and not connection.used:
+            self._epoll.modify(connection.sock, select.EPOLLIN)
 
     def _advance(self, connection: Connection) -> None:
         if connection.unsent:
@@ -287,7 +286,7 @@ def burst(clients: Clients, count: int, path: str, patience: float = 20) -> list
 
 def lateness(requests: Sequence[Request]) -> dict[str, float]:
     """How late requests were sent, in microseconds."""
-    late = [(each.sent - each.due) * 1e6 for each in requests if each.sent]
+    late = [(each.sent - each.due) * 1e6 for each in requests]
     return {
         "sent late, p50": percentile(late, 50),
         "sent late, p99": percentile(late, 99),

@@ -10,24 +10,14 @@ from collections.abc import Callable
 from werkzeug.test import EnvironBuilder
 
 from . import alone, bare, served
-from .peers import Server, serving
+from .peers import THREE, Server, serving
 from .plan import Run
 
 CONNECTIONS = 16
 SHAPES = ((2, 1), (2, 2), (2, 4))
-PEERS = (
-    "ours",
-    "ours, gevent",
-    "uWSGI",
-    "gthread",
-    "gevent, no cap",
-    "sync",
-    "waitress",
-    "granian",
-    "cheroot",
-)
+MAIN = ("ours", "ours, gevent", "uWSGI", "gthread", "gevent, no cap")
+OTHERS = ("sync", "waitress", "granian", "cheroot")
 FLOOR, CALLS, ALONE = "without a server", "a call", "alone in one thread"
-BARE_PEERS = ("ours", "uWSGI", "gthread")
 
 
 def cell(p: int, t: int, keep: bool, app: str = "served") -> str:
@@ -40,8 +30,8 @@ def measure(run: Run) -> None:
     for name, figures in alone.figures().items():
         run.part.add(ALONE, name, figures)
     for p, t in SHAPES:
-        _compare(run, run.among(PEERS), p, t, "served")
-    _compare(run, run.among(BARE_PEERS), 2, 2, "bare")
+        _compare(run, run.among(MAIN + (OTHERS if (p, t) == (2, 2) else ())), p, t, "served")
+    _compare(run, run.among(THREE), 2, 2, "bare")
 
 
 def _compare(run: Run, names: list[str], p: int, t: int, app: str) -> None:

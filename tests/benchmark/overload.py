@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .ideal import poisson
 from .load import Request, lateness, open_loop
 from .numbers import percentile
-from .peers import CAPPED, serving
+from .peers import CAPPED, THREE, serving
 from .plan import Run
 
 SERVICE = 0.01
@@ -21,8 +21,8 @@ GENERATOR = "load generator"
 def measure(run: Run) -> None:
     env = {"REPLICA_MAX_REPLICA_CONCURRENCY": str(BOUND)}
     for times in TIMES:
-        for number in range(run.plan.rounds - 1 or 1):
-            for name in run.among(CAPPED):
+        for number in range(run.plan.less):
+            for name in run.among(THREE if number else CAPPED):
                 run.progress.say(f"{times} times capacity", f"round {number + 1}", name)
                 rate = times * P * T / SERVICE
                 arrivals = [
@@ -40,10 +40,11 @@ def cell(times: int) -> str:
 
 
 def _figures(requests: Sequence[Request], seconds: float) -> dict[str, float]:
+    end = requests[0].due + seconds
     answered = [each.took * 1000 for each in requests if each.status == 200]
-    useful = [took for took in answered if took <= USEFUL * 1000]
+    useful = [each for each in requests if each.status == 200 and each.took <= USEFUL]
     refused = [each.took * 1000 for each in requests if each.status in (429, 503)]
-    figures = {"goodput/s": len(useful) / seconds}
+    figures = {"goodput/s": sum(each.done <= end for each in useful) / seconds}
     if answered:
         figures |= {
             "admitted p50 ms": percentile(answered, 50),

@@ -19,6 +19,7 @@ from .processes import cpu, cpu_by_role, roles, tree
 
 BIN = Path(sys.executable).parent
 PATIENCE = 60.0
+TOUCHED = "reload"
 BACKLOG = 2048  # gunicorn's default, for who has a lower one
 
 Line = Sequence[str]
@@ -43,9 +44,11 @@ def uwsgi(bind: str, p: int, t: int, app: str) -> Line:
         "--listen",
         str(BACKLOG),
     )
-    ways = ("--master", "--lazy-apps", "--die-on-term", "--need-app", "--disable-logging")
+    ways = ("--master", "--lazy-apps", "--need-app", "--disable-logging")
+    graceful = ("--hook-master-start", "unix_signal:15 gracefully_kill_them_all")
+    reload = ("--touch-chain-reload", TOUCHED)
     where = ("--virtualenv", sys.prefix, "--http-socket", bind, "--module", app)
-    return (str(BIN / "uwsgi"), *ways, *shape, *where)
+    return (str(BIN / "uwsgi"), *ways, *graceful, *reload, *shape, *where)
 
 
 def waitress(bind: str, p: int, t: int, app: str) -> Line:
@@ -74,15 +77,23 @@ def cheroot(bind: str, p: int, t: int, app: str) -> Line:
     return (str(BIN / "cheroot"), *threads, "--bind", bind, app)
 
 
+def hup(server: Server) -> None:
+    os.kill(server.pid, signal.SIGHUP)
+
+
+def touch(server: Server) -> None:
+    (server.folder / TOUCHED).touch()
+
+
 @dataclass(frozen=True)
 class Peer:
-    """`processes`: it has several; `hup`: it reloads the app on HUP."""
+    """`processes`: it has several; `reload`: how it is made to load the app again, if it can."""
 
     name: str
     line: Callable[[str, int, int, str], Line]
     env: Mapping[str, str] = field(default_factory=dict)
     processes: bool = True
-    hup: bool = True
+    reload: Callable[[Server], None] | None = hup
 
 
 OURS_LINE = gunicorn("-c", "python:replica_plugin.conf", "--workers", "{p}", "--threads", "{t}")
@@ -92,14 +103,14 @@ PEERS = {
     for peer in (
         Peer("ours", OURS_LINE),
         Peer("ours, gevent", OURS_LINE, {"REPLICA_MODE": "gevent"}),
-        Peer("uWSGI", uwsgi),
+        Peer("uWSGI", uwsgi, reload=touch),
         Peer("gthread", gunicorn("-k", "gthread", "--workers", "{p}", "--threads", "{t}")),
         Peer("gevent", gunicorn(*GEVENT_LINE, "--worker-connections", "{t}")),
         Peer("gevent, no cap", gunicorn(*GEVENT_LINE)),
         Peer("sync", gunicorn("-k", "sync", "--workers", "{both}")),
-        Peer("waitress", waitress, processes=False, hup=False),
+        Peer("waitress", waitress, processes=False, reload=None),
         Peer("granian", granian),
-        Peer("cheroot", cheroot, processes=False, hup=False),
+        Peer("cheroot", cheroot, processes=False, reload=None),
     )
 }
 OURS, UWSGI, GTHREAD = "ours", "uWSGI", "gthread"
@@ -115,12 +126,14 @@ class Server:
     ) -> None:
         self.peer = peer
         self.address = ("127.0.0.1", _free_port())
-        self._folder = tempfile.TemporaryDirectory(prefix="benchmark-")
+        self._temporary = tempfile.TemporaryDirectory(prefix="benchmark-")
+        self.folder = Path(self._temporary.name)
+        (self.folder / TOUCHED).touch()
         line = [*peer.line("{}:{}".format(*self.address), p, t, f"benchmark.{app}:app"), *more]
-        self._log = open(Path(self._folder.name) / "log", "w+")
+        self._log = open(self.folder / "log", "w+")
         self._process = subprocess.Popen(
             line,
-            cwd=self._folder.name,
+            cwd=self.folder,
             env={**environment(), **peer.env, **env},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -178,8 +191,9 @@ class Server:
         load()
         return cpu_by_role(named, before)
 
-    def tell(self, number: int) -> None:
-        os.kill(self.pid, number)
+    def reload(self) -> None:
+        assert self.peer.reload is not None
+        self.peer.reload(self)
 
     def stop(self) -> None:
         left = tree(self.pid)
@@ -193,7 +207,7 @@ class Server:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self._log.close()
-        self._folder.cleanup()
+        self._temporary.cleanup()
 
 
 @contextmanager

@@ -11,33 +11,47 @@ from .record import Part
 
 @dataclass(frozen=True)
 class Plan:
+    """Seconds are those of one load."""
+
     name: str
-    rounds: int
-    bursts: int  # of each kind, for each peer
-    main: float  # seconds of open-loop load in the cells that all peers have
+    rounds: int  # of what targets are about
+    less: int  # rounds of the rest
+    bursts: int
+    main: float  # seconds of waiting, in the cells that all peers have
     rest: float  # and in the others
-    wrk: int  # seconds of each run of wrk
+    wrk: int
     overload: float
-    faults: int  # rounds of what kills something
     idle: Sequence[int]
     depths: Sequence[int]
     shapes: Sequence[tuple[int, int]]
 
 
 FULL = Plan(
-    "full",
-    3,
-    40,
-    10,
-    7,
-    2,
-    4,
-    3,
-    (0, 1000, 10000),
-    (0, 1000, 10000, 29900),
-    ((2, 2), (4, 4), (16, 4)),
+    name="full",
+    rounds=3,
+    less=2,
+    bursts=30,
+    main=7.5,
+    rest=6,
+    wrk=2,
+    overload=3,
+    idle=(0, 1000, 10000),
+    depths=(0, 1000, 10000, 29900),
+    shapes=((2, 2), (4, 4), (16, 4)),
 )
-QUICK = Plan("quick", 1, 5, 2, 2, 1, 1.5, 1, (0, 1000), (0, 1000), ((2, 2), (16, 4)))
+QUICK = Plan(
+    name="quick",
+    rounds=1,
+    less=1,
+    bursts=5,
+    main=2,
+    rest=2,
+    wrk=1,
+    overload=1.5,
+    idle=(0, 1000),
+    depths=(0, 1000),
+    shapes=((2, 2), (16, 4)),
+)
 
 
 @dataclass(frozen=True)

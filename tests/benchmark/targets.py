@@ -170,7 +170,7 @@ def _idle(record: Record) -> Iterator[Target]:
 
 
 def _fault(record: Record) -> Iterator[Target]:
-    for cell in (fault.TERM, fault.HUP):
+    for cell in (fault.TERM, fault.RELOAD):
         values = record.values("fault", cell, OURS, "lost")
         yield _target(f"{cell}: none lost", max(values) if values else None, lambda each: each == 0)
     values = record.values("fault", fault.DISPATCHER, OURS, "next start ms")

@@ -54,16 +54,18 @@ BURNING = [Cell(load, work="burn", slots=2) for load in (50, 75)]
 
 def measure(run: Run) -> None:
     with serving(run.among(CAPPED), P, T) as servers:
-        _cells(run, MAIN, servers, run.plan.main)
+        _cells(run, MAIN, servers, run.plan.rounds, run.plan.main)
         some = {name: servers[name] for name in run.among(THREE)}
-        _cells(run, SLEEPING, some, run.plan.rest)
+        _cells(run, SLEEPING, some, run.plan.less, run.plan.rest)
     with serving(run.among(THREE), P, 1) as servers:
-        _cells(run, BURNING, servers, run.plan.rest)
+        _cells(run, BURNING, servers, run.plan.less, run.plan.rest)
 
 
-def _cells(run: Run, cells: Sequence[Cell], servers: dict[str, Server], seconds: float) -> None:
+def _cells(
+    run: Run, cells: Sequence[Cell], servers: dict[str, Server], rounds: int, seconds: float
+) -> None:
     for cell in cells:
-        for number in range(run.plan.rounds):
+        for number in range(rounds):
             for name, server in servers.items():
                 if cell.keep and name == "uWSGI":
                     continue  # its http-socket keeps no connection
