@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import math
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -17,7 +18,7 @@ from .peers import CAPPED, OURS, THREE, Server, serving
 from .plan import Run
 from .processes import pss_by_role
 from .start import all_at_once
-from .waiting import Cell, ratios
+from .waiting import MEAN, Cell, ratios
 
 CONNECTIONS = 64  # of wrk: as many as the largest replica has slots
 BURSTS = 5
@@ -63,7 +64,8 @@ def _all_figures(run: Run, server: Server, slots: int, number: int) -> dict[str,
     figures = {}
     starts = [float(all_at_once(server, slots, keep=False)) for _ in range(BURSTS)]
     figures["begin at once"] = mean(starts)
-    waited, _ = ratios(server, Cell(75, slots=slots), run.plan.rest, number)
+    cell = Cell(75, slots=slots, mean=MEAN * math.sqrt(slots / (P * T)))
+    waited, _ = ratios(server, cell, run.plan.rest, number)
     figures |= {"mean": waited["mean"], "p99": waited["p99"]}
     for keep, how in ((True, "kept-alive"), (False, "new")):
         cost = wrk(server, keep, run.plan.wrk, CONNECTIONS)

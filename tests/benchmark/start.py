@@ -9,7 +9,7 @@ from .load import Clients, Request, burst
 from .peers import CAPPED, Server, serving
 from .plan import Run
 
-HOLD = 0.04  # seconds that each request of a burst sleeps
+HOLD = 0.01  # seconds that each request of a burst sleeps, for each of them
 SETTLE = 0.02  # seconds for a server to note that the last burst is over
 PAIR = 0.03  # seconds of CPU for each of two requests
 P, T = 2, 2
@@ -33,10 +33,11 @@ def measure(run: Run) -> None:
 
 def all_at_once(server: Server, count: int, keep: bool) -> bool:
     """Whether the last of a burst began before the first had ended."""
+    hold = HOLD * count
     with Clients(server.address, keep) as clients:
         if keep:
-            burst(clients, count, f"/sleep/{HOLD}")
-        return _together(_settled(clients, count, f"/sleep/{HOLD}"))
+            burst(clients, count, f"/sleep/{hold}")
+        return _together(_settled(clients, count, f"/sleep/{hold}"), hold)
 
 
 def _settled(clients: Clients, count: int, path: str) -> list[Request]:
@@ -44,11 +45,11 @@ def _settled(clients: Clients, count: int, path: str) -> list[Request]:
     return burst(clients, count, path)
 
 
-def _together(requests: Sequence[Request]) -> bool:
+def _together(requests: Sequence[Request], hold: float) -> bool:
     if any(each.status != 200 for each in requests):
         return False
     began = [each.began for each in requests]
-    return max(began) < min(began) + HOLD
+    return max(began) < min(began) + hold
 
 
 def apart(server: Server) -> bool:

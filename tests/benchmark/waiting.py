@@ -27,6 +27,7 @@ class Cell:
     work: str = "sleep"
     keep: bool = False
     slots: int = P * T
+    mean: float = MEAN
 
     def __str__(self) -> str:
         how = "kept-alive" if self.keep else "new"
@@ -34,8 +35,8 @@ class Cell:
 
     def schedule(self, seconds: float, seed: int) -> tuple[Arrivals, list[float]]:
         """What to ask for and when, and what the ideal queue takes for each."""
-        times = poisson(self.load / 100 * self.slots / MEAN, seconds, seed)
-        durations = services(self.service, MEAN, len(times), seed)
+        times = poisson(self.load / 100 * self.slots / self.mean, seconds, seed)
+        durations = services(self.service, self.mean, len(times), seed)
         asked = [
             (at, f"/{self.work}/{each:.6f}") for at, each in zip(times, durations, strict=True)
         ]
