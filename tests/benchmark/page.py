@@ -46,7 +46,7 @@ def _results(record: Record) -> Iterator[str]:
     for part in [name for name in TITLES if name in record.parts]:
         yield from (f"## {TITLES[part]}", "", _run_line(record.parts[part]["run"]), "")
         if part in _pictures(record):
-            yield from (f"![{TITLES[part]}](benchmark-{part}.svg)", "")
+            yield from (f"![{SHOWN[part][1]}](benchmark-{part}.svg)", "")
         if part == "overhead":
             yield from _breakdown(record)
         for columns, rows in _tables(record.cells(part)):
@@ -132,32 +132,30 @@ def _lateness(cells: Mapping[str, Mapping[str, Figures]]) -> Iterator[str]:
     yield ""
 
 
+CELLS = {
+    "waiting": [str(cell) for cell in waiting.MAIN],
+    "overhead": [overhead.cell(p, t, keep) for p, t in overhead.SHAPES for keep in (True, False)],
+    "overload": [overload.cell(times) for times in overload.TIMES],
+}
+SHOWN = {
+    "waiting": ("p99", "p99 from arrival to answer, divided by an ideal queue's (log scale)"),
+    "overhead": ("requests/s", "Requests a second, for a view that does nothing"),
+    "overload": ("goodput/s", "Answers within 1 s, a second (capacity: 400)"),
+}
+"""What a part's picture shows: of these cells this figure, under this title."""
+
+
 def _pictures(record: Record) -> dict[str, str]:
     """Those for which there are figures."""
-    cells = {
-        "waiting": [str(cell) for cell in waiting.MAIN],
-        "overhead": [
-            overhead.cell(p, t, keep) for p, t in overhead.SHAPES for keep in (True, False)
-        ],
-        "overload": [overload.cell(times) for times in overload.TIMES],
-    }
-    figures = {"waiting": "p99", "overhead": "requests/s", "overload": "goodput/s"}
-    titles = {
-        "waiting": "p99 from arrival to answer, divided by an ideal queue's (log scale)",
-        "overhead": "Requests a second, for a handler that does nothing",
-        "overload": "Answers within 1 s, a second (capacity: 400)",
-    }
     found = {}
-    for part, names in cells.items():
-        groups = {
-            cell: {
-                peer: value
-                for peer in PEERS
-                if (value := record.figure(part, cell, peer, figures[part])) is not None
-            }
-            for cell in names
-        }
-        if groups := {cell: each for cell, each in groups.items() if each}:
-            log = part == "waiting"
-            found[part] = bars(titles[part], groups, start=0.9 if log else 0, logarithmic=log)
+    for part, (figure, title) in SHOWN.items():
+        bars_of = {cell: _bars(record, part, cell, figure) for cell in CELLS[part]}
+        if groups := {cell: each for cell, each in bars_of.items() if each}:
+            ratio = part == "waiting"
+            found[part] = bars(title, groups, start=0.9 if ratio else 0, logarithmic=ratio)
     return found
+
+
+def _bars(record: Record, part: str, cell: str, figure: str) -> dict[str, float]:
+    values = {peer: record.figure(part, cell, peer, figure) for peer in PEERS}
+    return {peer: value for peer, value in values.items() if value is not None}
