@@ -64,7 +64,7 @@ class Connection:
         self.state = State.ARRIVING
         self.head: Head | None = None
         self.arrived = 0  # bytes of the request seen so far
-        self.awaited = 0  # bytes of a body for which the kernel was asked to have room
+        self.awaited = 0  # bytes for which the kernel was asked to have room
         self.chunks: Chunks | None = None  # how far a chunked body was followed
         self.mark = 0  # SO_RCVLOWAT, if it was raised
         self.request = 0

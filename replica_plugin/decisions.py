@@ -432,7 +432,12 @@ class Decisions:
     def _wants_to_leave(self, process: Process) -> bool:
         if process.dismissed or not process.registered:
             return False
-        return process.leaving or self.drained
+        return process.leaving or self.drained or self._is_replaced(process)
+
+    def _is_replaced(self, process: Process) -> bool:
+        """Whether p newer ones are ready. The master has told it to leave; its app may not heed."""
+        newer = sum(each.age > process.age for each in self._present())
+        return newer >= self.rules.processes
 
     def _may_leave(self, process: Process) -> bool:
         """Whether a process that is told to leave can be spared.
@@ -443,11 +448,10 @@ class Decisions:
         """
         if self.stopping:
             return self.drained
-        present = self._present()
-        wanted = self.rules.processes
-        if sum(each.age > process.age for each in present) >= wanted:
+        if self._is_replaced(process):
             return True
-        return not (self.booting or self.cannot_load) and len(present) >= wanted
+        enough = len(self._present()) >= self.rules.processes
+        return enough and not (self.booting or self.cannot_load)
 
     def _see_to_overdue(self, now: float) -> list[Action]:
         """Inspect processes that are silent; end those with requests that have had their grace."""
