@@ -6,6 +6,8 @@ writes to it, whichever dispatcher lives reads from it:
     REGISTER  a process offers its end of a new channel, its cells, and its pidfd
     ADOPT     a connection whose dispatcher died while a slot was working on it
 
+The kernel tells who writes (SO_PASSCRED), so that no process is taken for another.
+
 A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd), JOB (with a client), LEAVE
@@ -40,6 +42,8 @@ LARGEST = 1 << 16
 _REPORT = struct.Struct("=BBQI")
 _RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
+_SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
+_SCM_CREDENTIALS = 2
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
@@ -152,7 +156,6 @@ class Register:
     `extra` slots, one at most, stand beside the `slots`, for an exempt request.
     """
 
-    pid: int
     age: int
     slots: int
     again: bool
@@ -187,7 +190,6 @@ class Adopt:
     """A kept-alive connection on its way back, to a dispatcher that does not know it."""
 
     number: int
-    client: Address
     server: Address
     ahead: bytes
     carry: bytes
@@ -276,31 +278,57 @@ def _as_text(value: bytes) -> str:
     return value.decode("latin-1")
 
 
-def receive_control(control: socket.socket) -> tuple[Register | Adopt | None, list[int]]:
-    """The next message on the control socket; None for one that means nothing to us."""
-    data, fds = receive_now(control)
+class Said(NamedTuple):
+    """What lay on the control socket; no message if it means nothing to us. `pid` has sent it."""
+
+    message: Register | Adopt | None
+    fds: list[int]
+    pid: int
+
+
+def control_pair() -> tuple[socket.socket, socket.socket]:
+    """The control socket: where to read, and where to write."""
+    reading, writing = socketpair(socket.SOCK_SEQPACKET)
+    reading.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+    return reading, writing
+
+
+def receive_control(control: socket.socket) -> Said:
+    """What lies on the control socket. Raises OSError when there is nothing."""
+    space = _ANCILLARY + socket.CMSG_SPACE(_SENDER.size)
+    data, extras, _, _ = control.recvmsg(LARGEST, space, _DONTWAIT | _CLOEXEC)
+    fds, pid = array.array("i"), 0
+    for _, kind, content in extras:
+        if kind == socket.SCM_RIGHTS:
+            fds.frombytes(content)
+        elif kind == _SCM_CREDENTIALS:
+            pid, *_ = _SENDER.unpack(content)
     try:
-        if data[:1] == b"R" and len(fds) == 3:
-            return _decode_register(json.loads(data[1:])), fds
-        if data[:1] == b"A" and len(fds) == 1:
-            return _decode_adopt(json.loads(data[1:])), fds
+        return Said(_decode_control(data, len(fds)), fds.tolist(), pid)
     except Exception:  # whatever it is, it must not end the dispatcher
-        return None, fds
-    return None, fds
+        return Said(None, fds.tolist(), pid)
+
+
+def _decode_control(data: bytes, fds: int) -> Register | Adopt | None:
+    if data[:1] == b"R" and fds == 3:
+        return _decode_register(json.loads(data[1:]))
+    if data[:1] == b"A" and fds == 1:
+        return _decode_adopt(json.loads(data[1:]))
+    return None
 
 
 def _decode_register(fields: dict[str, Any]) -> Register:
-    pid, age, slots, extra = (int(fields[name]) for name in ("pid", "age", "slots", "extra"))
-    if slots < 1 or extra not in (0, 1):
-        raise ValueError("a process without slots, or with too many")
+    age, slots, extra = (int(fields[name]) for name in ("age", "slots", "extra"))
+    if slots < 1 or extra not in (0, 1) or not 0 <= age < 1 << 31:
+        raise ValueError("a process without slots, or with too many, or of no age")
     again, leaving = bool(fields["again"]), bool(fields["leaving"])
-    return Register(pid, age, slots, again, leaving, extra, fields["version"])
+    return Register(age, slots, again, leaving, extra, fields["version"])
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:
     return Adopt(
         int(fields["number"]),
-        _address(fields["client"]),
         _address(fields["server"]),
         fields["ahead"].encode("latin-1"),
         fields["carry"].encode("latin-1"),

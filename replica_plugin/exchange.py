@@ -10,7 +10,7 @@ report says how the connection goes on.
 from __future__ import annotations
 
 import errno
-import marshal
+import json
 from datetime import datetime
 from typing import Any, Protocol
 
@@ -101,9 +101,9 @@ class Exchange:
         """The PROXY line comes once a connection; later requests are from the same client."""
         info = self._request.proxy_protocol_info
         if info:
-            self._carry = marshal.dumps(info)
-        elif self._carry:
-            self._request.proxy_protocol_info = marshal.loads(self._carry)
+            self._carry = json.dumps(info).encode()
+        elif self._carry:  # another process has written it: no marshal, which can crash this one
+            self._request.proxy_protocol_info = json.loads(self._carry)
 
     # The app.
 
@@ -180,6 +180,8 @@ class Exchange:
     def _drained(self) -> bool:
         """Whether the rest of the body, which the app did not read, has been thrown away."""
         body, left = self._request.body, DRAIN
+        if getattr(body.reader, "length", None) == 0:  # most requests have none
+            return True
         self._sock.read_only_what_is_there()
         try:
             while left > 0:

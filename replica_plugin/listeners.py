@@ -109,8 +109,12 @@ class Listeners:
             except OSError as error:  # others are those of a client that was too quick
                 self.is_short = error.errno in _SHORTAGE
             else:
-                self.is_short = conn.fd >= self._most
+                self.is_short = not self.has_room(conn.fd)
                 yield conn
+
+    def has_room(self, fd: int) -> bool:
+        """Whether this is a descriptor for connections, and not one of those left to others."""
+        return fd < self._most
 
     def _has_none_to_spare(self, fd: int) -> bool:
         """Whether the next connection would take a descriptor that is not for connections."""
@@ -119,7 +123,7 @@ class Listeners:
         except OSError:
             return True
         os.close(number)
-        return number >= self._most
+        return not self.has_room(number)
 
     def close(self) -> None:
         """Listen no more; the kernel refuses connects once nobody holds the socket."""

@@ -2,7 +2,8 @@
 
 1. With stagger_init, one process loads at a time, and begins only while no more than p others
    have the app loaded. So in a reload at most p + 1 do: the next successor loads when an old
-   process has gone. The turn is a lock that ends with its holder.
+   process has gone. The turn is a lock that ends with its holder. A holder that does not come to
+   an end is left behind after PATIENCE: those that wait take their turns in the next lane.
 2. A failure is on the page before its process ends. So the dispatcher knows of it by the time
    it sees that this process is not among the living, and keeps those it might have replaced.
 3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. Any other
@@ -24,7 +25,9 @@ from .rules import Wishes, decode_wishes
 
 BOOT_ERROR = 3  # the exit code at which gunicorn halts
 LONGEST_PAUSE = 60.0
+PATIENCE = 600.0  # seconds without any change after which a process loads beside another
 GLANCE = 0.02  # seconds between two looks at what has to change first
+_MOMENT = 0.001
 
 
 class Process(Protocol):
@@ -59,15 +62,39 @@ class Loading:
 
     @contextmanager
     def _turn(self) -> Iterator[None]:
-        with self._load_page.turn():
-            while not self._is_room():
-                time.sleep(GLANCE)
+        lane = self._await_turn()
+        try:
             yield
+        finally:
+            self._load_page.end_turn(lane)
 
-    def _is_room(self) -> bool:
+    def _await_turn(self) -> int:
+        """Wait as long as others get on; the lane in which the turn was taken."""
+        lane, before, since = 0, None, time.monotonic()
+        while obstacle := self._obstacle(lane):
+            now = time.monotonic()
+            if obstacle != before:
+                before, since = obstacle, now
+            elif now - since >= PATIENCE:
+                self._process.log.warning(
+                    "Loading the app in spite of stagger_init: for %g s %s", PATIENCE, obstacle
+                )
+                if self._load_page.take_turn(lane):
+                    break
+                lane, before = lane + 1, None
+            time.sleep(GLANCE)
+        return lane
+
+    def _obstacle(self, lane: int) -> str | None:
+        """What keeps this process from loading now."""
         self._end_without_master()
+        if not self._load_page.take_turn(lane):
+            return f"process {self._load_page.whose_turn(lane)} has been loading it"
         wishes = self._wishes()
-        return len(self._load_page.loaded(wishes.live)) <= max(1, wishes.rules.processes)
+        loaded = self._load_page.loaded(wishes.live)
+        if len(loaded) > max(1, wishes.rules.processes):
+            return f"{len(loaded)} processes have had it ({', '.join(map(str, sorted(loaded)))})"
+        return None
 
     def _try(self, load: Callable[[], None]) -> bool:
         try:
@@ -113,4 +140,5 @@ class Loading:
             state = self._master_page.read()
             if state is not None:
                 return decode_wishes(state)
-            time.sleep(0)  # the master is in the middle of writing
+            self._end_without_master()  # which may have been killed in the middle of writing
+            time.sleep(_MOMENT)

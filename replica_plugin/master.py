@@ -31,13 +31,13 @@ from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
 from . import journal, overtime, ready_file
+from .channel import control_pair
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
-from .unpatched import socketpair
 
 STARTER = (
     "import sys, json; inherited = json.loads(sys.argv[1]); "
@@ -85,11 +85,12 @@ class Master:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
         self.load_page = LoadPage()
-        self.control, self._control_out = _control_pair()
+        self.control, self._control_out = control_pair()
         self._arbiter = arbiter
         self._stop: Stop | None = None
         self._draining = False
         self._reopen = 0
+        self._most_threads = 0
         self._told = 0
         flags = os.EFD_CLOEXEC | os.EFD_NONBLOCK
         self._nudges = (os.eventfd(0, flags), os.eventfd(0, flags))
@@ -138,6 +139,7 @@ class Master:
 
     def _wishes(self, forking: tuple[int, ...]) -> Wishes:
         cfg = self._arbiter.cfg
+        self._most_threads = max(self._most_threads, cfg.threads)
         return Wishes(
             rules=Rules(
                 self._arbiter.num_workers,
@@ -150,6 +152,7 @@ class Master:
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
+            most_threads=self._most_threads,
             graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
@@ -228,10 +231,14 @@ class Master:
         self.tell()
 
     def in_worker(self) -> None:
-        """We are in a forked worker: close what only the master needs."""
+        """We are in a forked worker, which runs the app: let go of what only the master needs."""
         for listener in self._arbiter.LISTENERS:
             listener.close()
         self.control.close()
+        for fd in (*self._nudges, self._supervisor_pidfd):
+            os.close(fd)
+        self.page.only_read()
+        self.replica_page.only_read()
 
     def offer_socket(self) -> socket.socket:
         """Where a process registers."""
@@ -270,12 +277,6 @@ def _next_signal(signals: Any) -> int:
 
 def _is_dead(pidfd: int, patience: float = 0.0) -> bool:
     return bool(select.select([pidfd], [], [], patience)[0])
-
-
-def _control_pair() -> tuple[socket.socket, socket.socket]:
-    reading, writing = socketpair(socket.SOCK_SEQPACKET)
-    writing.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
-    return reading, writing
 
 
 def _import_path() -> list[str]:

@@ -8,7 +8,8 @@
 
 1. A response has one claim, and the first to ask gets it. Is it the attendant, the dispatcher
    answers 504, and a write of the slot's fails before it has sent anything. Is it the slot, the
-   response goes on until the interrupt ends it, and the client sees it cut short.
+   response goes on until the interrupt ends it, and the client sees it cut short. Between 2 and 3
+   the slot waits: if nobody could be told, the claim is its own after all.
 2. At most one exception is raised for a request, and only in its window: while the app's code
    works on it. None is left for the request that the slot takes next.
 3. The attendant waits for nobody here: no lock of the app's, of a log or of a slot.
@@ -73,7 +74,7 @@ class Run:
 
     __slots__ = (
         "_claim", "_interrupter", "aims", "channel", "is_open", "overdue_at", "request", "struck",
-        "tale", "told", "where",
+        "tale", "telling", "told", "where",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +87,7 @@ class Run:
         self.is_open = False  # written by the slot
         self.aims = False  # these by the attendant
         self.struck = False
+        self.telling = False
         self.told = False
         self.tale = ""
         self._claim: dict[None, bool] = {}
@@ -93,6 +95,10 @@ class Run:
 
     def claim_for_slot(self) -> bool:
         """Whether the slot may write the response. Once true, it stays true."""
+        if self._claim.setdefault(None, True):
+            return True
+        while self.telling:  # it was true before the attendant claimed
+            time.sleep(_MOMENT)
         return self._claim.setdefault(None, True)
 
     def claim_for_attendant(self) -> bool:
@@ -190,10 +196,12 @@ class Watch:
         first = not run.tale
         if first:
             run.tale = run.stack()
+        run.telling = True
         answered = run.channel is channel and run.claim_for_attendant()
         run.told = tell(run, answered)
         if answered and not run.told:  # it may be dead, which its channel does not show yet
             run.leave_claim()
+        run.telling = False
         if first:
             run.interrupt()
 

@@ -3,11 +3,18 @@
     page          writer      readers
     MasterPage    master      supervisor, dispatcher: the settings, and what the master wants
     ReplicaPage   dispatcher  supervisor, its own successor, anyone who asks for numbers
-    LoadPage      processes   themselves, dispatcher: how loading the app went
+    LoadPage      processes   themselves, dispatcher: how loading the app went; a word each time
     Cells         process     dispatcher: one cell a slot, what it does with which request
 
 Each page has one writer at a time and outlives it, which is the point: what a dead process
 knew is still there. A page is an anonymous file (memfd), passed on as a descriptor.
+
+Words that are read without a checksum are written by assigning whole bytes: `pack_into` makes
+zeros of what it is about to write, and a reader who comes in between would see a heart that
+stopped at 0.
+
+Processes run the app, so what they inherit of master and dispatcher they can only read, and no
+page can be made smaller: whoever looked at it then would be killed (SIGBUS).
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 _BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follows
@@ -36,16 +43,35 @@ DUMP = signal.SIGRTMIN + 7
 """Has a process write the stacks of its threads behind its cells, though the GIL is held."""
 
 _LOAD_SIZE = 1 << 14
-_LOADED_OFFSET = 16
+_NOTES = 1 << 20  # the byte that is locked by whoever takes a note; the others are turns
+_NOTE_TIME = 1.0  # seconds to wait for it: its holder waits for nothing, but may be stopped
+_MOMENT = 0.001
 _NUMBERS = struct.Struct("@dQQQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
 
 def create(name: str, size: int) -> int:
-    """A new page of zeros; its descriptor."""
-    fd = os.memfd_create(f"replica-{name}", os.MFD_CLOEXEC)
+    """A new page of zeros; its descriptor. Nobody else can open it, and nobody make it smaller."""
+    fd = os.memfd_create(f"replica-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    os.fchmod(fd, 0o600)
     os.ftruncate(fd, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_SEAL)
     return fd
+
+
+def _keeps_its_size(fd: int) -> bool:
+    try:
+        return bool(fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK)
+    except OSError:  # a file, a pipe, a socket
+        return False
+
+
+def _to_read(fd: int) -> int:
+    """A descriptor of the same page with which it can only be read."""
+    try:
+        return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # no /proc: then at least no stray write gets through a mapping
+        return os.dup(fd)
 
 
 class _Blob:
@@ -54,6 +80,10 @@ class _Blob:
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
         self._memory = memory
         self._offset = offset
+
+    def move(self, memory: mmap.mmap) -> None:
+        """The same page is mapped in another way."""
+        self._memory = memory
 
     def write(self, value: Any) -> None:
         text = json.dumps(value).encode()
@@ -71,12 +101,29 @@ class _Blob:
         return json.loads(text) if text and zlib.crc32(text) == checksum else None
 
 
-class MasterPage:
+class _Page:
+    """A page of which a process that runs the app gets no more than the right to read."""
+
+    def __init__(self, name: str, size: int, fd: int | None, offset: int) -> None:
+        self.fd = create(name, size) if fd is None else fd
+        self._memory = mmap.mmap(self.fd, size)
+        self._blob = _Blob(self._memory, offset)
+
+    def only_read(self) -> None:
+        """From now on this process does not write the page, not by mistake either."""
+        before, self.fd = self.fd, _to_read(self.fd)
+        memory = mmap.mmap(self.fd, len(self._memory), prot=mmap.PROT_READ)
+        self._blob.move(memory)
+        self._memory.close()
+        self._memory = memory
+        os.close(before)
+
+
+class MasterPage(_Page):
     """What the master knows, as state. Written by the master only; followed by a nudge."""
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = create("master", _MASTER_SIZE) if fd is None else fd
-        self._blob = _Blob(mmap.mmap(self.fd, _MASTER_SIZE), 0)
+        super().__init__("master", _MASTER_SIZE, fd, 0)
 
     def write(self, state: Mapping[str, Any]) -> None:
         self._blob.write(state)
@@ -111,7 +158,7 @@ _LOAD = struct.Struct("@QQ")  # waiting and running, which are neighbours
 _LOAD_OFFSET = 8 * Numbers._fields.index("waiting")
 
 
-class ReplicaPage:
+class ReplicaPage(_Page):
     """What the dispatcher knows. Written by the dispatcher that lives; read by its successor.
 
     Which one lives is the kernel's knowledge: it holds a lock on the page, from its birth to
@@ -119,9 +166,7 @@ class ReplicaPage:
     """
 
     def __init__(self, fd: int | None = None) -> None:
-        self.fd = create("numbers", _REPLICA_SIZE) if fd is None else fd
-        self._memory = mmap.mmap(self.fd, _REPLICA_SIZE)
-        self._table = _Blob(self._memory, _TABLE_OFFSET)
+        super().__init__("numbers", _REPLICA_SIZE, fd, _TABLE_OFFSET)
 
     def claim(self) -> bool:
         """Become the one that lives; False if another does.
@@ -150,7 +195,6 @@ class ReplicaPage:
         return 0 if kind == fcntl.F_UNLCK else int(pid)
 
     def write(self, numbers: Numbers) -> None:
-        """Not with pack_into, which makes everything zero first: a reader would see that."""
         self._memory[: _NUMBERS.size] = _NUMBERS.pack(*numbers)
 
     def read(self) -> Numbers:
@@ -158,28 +202,34 @@ class ReplicaPage:
 
     def write_load(self, waiting: int, running: int) -> None:
         """Two of the numbers, ahead of the others: a request that begins finds itself counted."""
-        end = _LOAD_OFFSET + _LOAD.size
-        self._memory[_LOAD_OFFSET:end] = _LOAD.pack(waiting, running)
+        self._memory[_LOAD_OFFSET : _LOAD_OFFSET + _LOAD.size] = _LOAD.pack(waiting, running)
 
     def write_table(self, rows: list[tuple[int, int, int]]) -> None:
         """Age, slots and pid of every registered process."""
-        self._table.write(rows)
+        self._blob.write(rows)
 
     def read_table(self) -> list[tuple[int, int, int]]:
-        return [(age, slots, pid) for age, slots, pid in self._table.read() or []]
+        return [(age, slots, pid) for age, slots, pid in self._blob.read() or []]
 
 
 class LoadPage:
-    """How loading the app went. Written by the processes that load it, one at a time.
+    """How loading the app went. Written by the processes that load it, a word at a time.
 
-    Both locks end with the process that holds them.
+    The words: the age of the newest process that could not; how many in a row could not; and the
+    ages of those that have it, in no order. A process that dies leaves each word old or new.
+    Locks end with the process that holds them.
     """
 
     def __init__(self, fd: int | None = None) -> None:
         self.fd = create("load", _LOAD_SIZE) if fd is None else fd
         self._memory = mmap.mmap(self.fd, _LOAD_SIZE)
         self._words = memoryview(self._memory).cast("Q")
-        self._loaded = _Blob(self._memory, _LOADED_OFFSET)
+
+    def close(self) -> None:
+        """The process has loaded the app, and has nothing more to say here."""
+        self._words.release()
+        self._memory.close()
+        os.close(self.fd)
 
     @property
     def failed(self) -> int:
@@ -191,35 +241,52 @@ class LoadPage:
         """How many in a row could not."""
         return self._words[1]
 
-    def turn(self) -> AbstractContextManager[None]:
-        """The turn to load the app; waits until nobody else has it."""
-        return self._locked(0)
+    def take_turn(self, lane: int) -> bool:
+        """Take the turn to load the app, if nobody else has it; there is one in each lane."""
+        return self._lock(lane)
+
+    def whose_turn(self, lane: int) -> int:
+        """The pid of the process that has it; 0 if none, or the caller, has."""
+        ask = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, lane, 1, 0)
+        kind, *_, pid = _LOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_GETLK, ask))
+        return 0 if kind == fcntl.F_UNLCK else int(pid)
+
+    def end_turn(self, lane: int) -> None:
+        fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, lane)
 
     def loaded(self, live: Iterable[int]) -> set[int]:
         """The ages of the processes, of these, that have the app loaded."""
-        with self._locked(1):
-            return self._read_loaded() & set(live)
+        return set(self._words[2:]) & set(live)
 
     def note_loaded(self, age: int, live: Iterable[int]) -> None:
-        with self._locked(1):
-            self._loaded.write(sorted(self._read_loaded() & set(live) | {age}))
+        others = set(live)
+        with self._noting():
+            free = (n for n, each in enumerate(self._words[2:], 2) if each not in others)
+            self._words[next(free)] = age
             self._words[1] = 0
 
     def note_failure(self, age: int) -> None:
-        with self._locked(1):
+        with self._noting():
             self._words[0] = max(self._words[0], age)
             self._words[1] += 1
 
-    def _read_loaded(self) -> set[int]:
-        return set(self._loaded.read() or ())
-
     @contextmanager
-    def _locked(self, which: int) -> Iterator[None]:
-        fcntl.lockf(self.fd, fcntl.LOCK_EX, 1, which)
+    def _noting(self) -> Iterator[None]:
+        """One at a time; but in the end rather beside another than never."""
+        until = time.monotonic() + _NOTE_TIME
+        while not self._lock(_NOTES) and time.monotonic() < until:
+            time.sleep(_MOMENT)
         try:
             yield
         finally:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, which)
+            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, _NOTES)
+
+    def _lock(self, byte: int) -> bool:
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
+        except OSError:
+            return False
+        return True
 
 
 class Cells:
@@ -236,6 +303,9 @@ class Cells:
     """
 
     def __init__(self, slots: int, fd: int | None = None) -> None:
+        """Raises OSError or ValueError for a descriptor of another process that is no page."""
+        if fd is not None and not _keeps_its_size(fd):
+            raise ValueError("no memory that keeps its size")
         self._size = (slots + 2) * 8
         self.fd = create("cells", self._size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, self._size)

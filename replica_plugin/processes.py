@@ -4,8 +4,10 @@
    means nothing, since a child that the app forked may hold the other end open.
 2. What a process reported before it died counts: the channel is read to its end first.
 3. What a process says that nobody understands ends that process, never us: it may have lost a
-   report of a slot, and dead it is replaced.
-4. Nothing here waits. A job that cannot be delivered now goes back (`unsent`), and the
+   report of a slot, and dead it is replaced. So does an offer in another's name: by its pidfd, and
+   by what the kernel says of who has sent the offer, a process can register only itself.
+4. However much a process says, the others have their turns (TURN, LAST_WORDS).
+5. Nothing here waits. A job that cannot be delivered now goes back (`unsent`), and the
    process is sent nothing until its channel has room.
 """
 
@@ -25,8 +27,10 @@ from .channel import (
     LEAVE,
     VERSION,
     WELCOME,
+    Address,
     Adopt,
     Job,
+    Kind,
     Register,
     Report,
     close_all,
@@ -38,7 +42,10 @@ from .channel import (
 )
 from .pages import DUMP, Cells
 
+TURN = 64  # messages of one process, or on the control socket, before others have their turn
+LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
 _FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
+_STREAMS = (0, socket.IPPROTO_TCP, 262)  # Unix, TCP and MPTCP
 
 
 @dataclass(eq=False)
@@ -56,6 +63,7 @@ class Link:
     full: bool = False  # a message could not be delivered
     leave_due: bool = False
     stalled: bool = False  # as the dispatcher was told last
+    busy: int = 0  # how many jobs it was sent, and has not reported done
     silenced: bool = False  # its slots begin no response any more
 
 
@@ -66,9 +74,10 @@ class Office(Protocol):
     def on_report(self, link: Link, report: Report, now: float) -> None: ...
     def on_sendable(self, link: Link, now: float) -> None: ...
     def on_stall(self, link: Link, now: float) -> None: ...
+    def may_have(self, slots: int) -> bool: ...
     def on_nonsense(self, link: Link) -> None: ...
     def on_death(self, link: Link, now: float) -> None: ...
-    def on_adopt(self, adopt: Adopt, sock: socket.socket, now: float) -> None: ...
+    def on_adopt(self, adopt: Adopt, sock: socket.socket, client: Address, now: float) -> None: ...
 
 
 class Processes:
@@ -80,17 +89,15 @@ class Processes:
         self._epoll = epoll
         self._control = control
         self._office = office
-        self._by_channel: dict[int, Link] = {}
+        self.by_channel: dict[int, Link] = {}
         self._by_pidfd: dict[int, Link] = {}
         self._own_pidfd = os.pidfd_open(os.getpid())
         epoll.register(control.fileno(), select.EPOLLIN)
 
     def on_event(self, fd: int, mask: int, now: float) -> None:
-        """epoll has something to say about the control socket, a channel or a pidfd."""
+        """epoll has something to say about the control socket or a pidfd."""
         if fd == self._control.fileno():
             self._on_control(mask, now)
-        elif fd in self._by_channel:
-            self._on_channel(self._by_channel[fd], mask, now)
         elif fd in self._by_pidfd and _is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
 
@@ -107,34 +114,48 @@ class Processes:
     # What processes say.
 
     def _on_control(self, mask: int, now: float) -> None:
-        """Read it empty. Its end comes when the master and all processes are gone."""
-        while True:
+        """Read what lies there. Its end comes when the master and all processes are gone."""
+        for _ in range(TURN):
             try:
-                message, fds = receive_control(self._control)
+                message, fds, pid = receive_control(self._control)
             except OSError:  # nothing there, or no memory now
                 return
             if isinstance(message, Register) and message.version == VERSION:
-                self._register(message, fds, now)
+                self._register(message, fds, pid, now)
             elif isinstance(message, Adopt):
                 self._adopt(message, fds[0], now)
             else:
                 close_all(fds)
-                if not fds:
-                    break
-        if mask & select.EPOLLHUP:
-            self._epoll.unregister(self._control.fileno())
+                if not fds and mask & select.EPOLLHUP:
+                    self._epoll.unregister(self._control.fileno())
+                    return
 
     def _adopt(self, adopt: Adopt, fd: int, now: float) -> None:
         try:
             sock = socket.socket(fileno=fd)
         except OSError:  # it is none
             os.close(fd)
+            return
+        try:
+            if sock.type != socket.SOCK_STREAM or sock.proto not in _STREAMS:
+                raise OSError("no connection of a client's")
+            client = sock.getpeername()
+        except OSError:
+            sock.close()
         else:
-            self._office.on_adopt(adopt, sock, now)
+            self._office.on_adopt(adopt, sock, client, now)
 
-    def _register(self, offer: Register, fds: list[int], now: float) -> None:
-        link = _tie(offer, fds)
+    def _register(self, offer: Register, fds: list[int], pid: int, now: float) -> None:
+        if not self._office.may_have(offer.slots):
+            close_all(fds)
+            return
+        link = _tie(offer, fds, pid)
         if link is None:
+            return
+        if self._is_in_anothers_name(link):
+            self._office.on_nonsense(link)
+            _end(link)
+            self._release(link)
             return
         try:
             send(link.channel, WELCOME, self._own_pidfd)
@@ -148,47 +169,61 @@ class Processes:
         self._know(link)
         self._office.on_registered(link, offer.again, offer.leaving)
 
+    def _is_in_anothers_name(self, link: Link) -> bool:
+        """Whether its age is another process's, or it has registered under another one."""
+        return any(
+            (it.age == link.age) != (it.pid == link.pid) and not _is_dead(it.pidfd)
+            for it in self.links.values()
+        )
+
     def _know(self, link: Link) -> None:
         self.links[link.age] = link
         self.slots += link.slots
-        self._by_channel[link.channel.fileno()] = link
+        self.by_channel[link.channel.fileno()] = link
         self._by_pidfd[link.pidfd] = link
         self._epoll.register(link.channel.fileno(), select.EPOLLIN)
         self._epoll.register(link.pidfd, select.EPOLLIN)
 
-    def _on_channel(self, link: Link, mask: int, now: float) -> None:
+    def on_channel(self, link: Link, mask: int, now: float) -> None:
+        """epoll has something to say about a channel.
+
+        Who reads it until it is empty asks once too often; what is left has another event.
+        """
         if mask & select.EPOLLOUT and link.full:
             self._on_room(link, now)
-        for report in self._reports(link):
+        for report in self._reports(link, min(TURN, max(1, link.busy))):
             self._office.on_report(link, report, now)
 
-    def _reports(self, link: Link) -> Iterator[Report]:
+    def _reports(self, link: Link, most: int) -> Iterator[Report]:
         """What lies on the channel; when it has ended, it is not listened to any more."""
-        while link.open:
+        for _ in range(most):
+            if not link.open:
+                return
             try:
                 data, fds = receive_now(link.channel)
             except BlockingIOError:
                 return
             except OSError:
                 data, fds = b"", []
+            if not data:
+                close_all(fds)
+                self._close_channel(link)
+                return
             try:
-                report = decode_report(data, fds) if data else None
+                report = decode_report(data, fds)
             except ValueError:
                 self._on_nonsense(link)
                 return
-            if report is None:
-                self._close_channel(link)
-            else:
-                yield report
+            link.busy -= report.kind is Kind.DONE
+            yield report
 
     def _on_nonsense(self, link: Link) -> None:
         self._office.on_nonsense(link)
         self._close_channel(link)
-        with suppress(OSError):  # it is dead already
-            signal.pidfd_send_signal(link.pidfd, signal.SIGKILL)
+        _end(link)
 
     def _on_death(self, link: Link, now: float) -> None:
-        for report in self._reports(link):
+        for report in self._reports(link, LAST_WORDS):
             self._office.on_report(link, report, now)
         del self.links[link.age]
         self.slots -= link.slots
@@ -201,7 +236,7 @@ class Processes:
     def _close_channel(self, link: Link) -> None:
         if link.open:
             link.open = False
-            del self._by_channel[link.channel.fileno()]
+            del self.by_channel[link.channel.fileno()]
             self._epoll.unregister(link.channel.fileno())
 
     def _release(self, link: Link) -> None:
@@ -220,6 +255,7 @@ class Processes:
         except OSError as error:
             self._on_full(link, error)
             return False
+        link.busy += 1
         return True
 
     def dismiss(self, age: int) -> None:
@@ -259,16 +295,38 @@ class Processes:
             self._office.on_sendable(link, now)
 
 
-def _tie(offer: Register, fds: list[int]) -> Link | None:
-    """None, and the descriptors closed, if they are not what a process offers."""
+def _tie(offer: Register, fds: list[int], pid: int) -> Link | None:
+    """None, and the descriptors closed, if they are not what this process offers."""
     channel, cells, pidfd = fds
+    if not _is_of(pidfd, pid):
+        close_all(fds)
+        return None
     try:
         memory = Cells(offer.slots + offer.extra, cells)
         sock = socket.socket(fileno=channel)
     except (OSError, OverflowError, ValueError):
         close_all(fds)
         return None
-    return Link(offer.age, offer.pid, offer.slots, offer.extra, sock, memory, pidfd)
+    if sock.type != socket.SOCK_SEQPACKET:
+        close_all([sock.detach(), cells, pidfd])
+        return None
+    return Link(offer.age, pid, offer.slots, offer.extra, sock, memory, pidfd)
+
+
+def _is_of(pidfd: int, pid: int) -> bool:
+    """Whether this is a pidfd of this process, which lives."""
+    if not pid:  # the sender is none that we could see
+        return False
+    try:
+        with open(f"/proc/self/fdinfo/{pidfd}", "rb") as file:
+            return b"\nPid:\t%d\n" % pid in file.read()
+    except OSError:  # no /proc: nobody can tell
+        return True
+
+
+def _end(link: Link) -> None:
+    with suppress(OSError):  # it is dead already
+        signal.pidfd_send_signal(link.pidfd, signal.SIGKILL)
 
 
 def _is_dead(pidfd: int) -> bool:

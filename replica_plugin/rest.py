@@ -4,7 +4,8 @@
     dispatcher: sends the rest as the client takes it, with a deadline for each pause
 
 1. The memfd is sealed before it travels, and the seals are looked at when it comes: so it is
-   memory (reading it never waits), and nobody can make it shorter while it is being sent.
+   memory (reading it never waits), and nobody can make it shorter while it is being sent. It is
+   as much memory as it says: what counts towards response_buffer_total costs its process as much.
 2. Progress is what the client takes, not what the kernel does: that reports room in a socket's
    buffer only when a third of it is free, which with 4 MiB can take a slow client minutes. So
    whoever finds no room looks at `queued` before it gives a client up.
@@ -22,6 +23,7 @@ import termios
 
 PIECE = 1 << 18  # bytes read and offered to the kernel at a time
 PIECES = 16  # in one turn, before others have theirs
+BLOCK = 512  # bytes; what st_blocks counts
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -43,8 +45,9 @@ class Rest:
         """
         self.fd = fd
         self.sent = 0
-        self.size = os.fstat(fd).st_size
-        if not _is_sealed(fd):
+        status = os.fstat(fd)
+        self.size = status.st_size
+        if not _is_sealed(fd) or status.st_blocks * BLOCK < self.size:
             os.close(fd)
             raise ValueError("no sealed memory")
 

@@ -126,7 +126,7 @@ class Slot:
             report = _send_rest(report, sock)
         told = report.rest is not None or self._say(channel, report.encode())
         if not told and report.end is End.KEEP:
-            adopt = Adopt(job.number + 1, job.client, job.server, report.ahead, report.carry)
+            adopt = Adopt(job.number + 1, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
         self._watch.end(self._index)

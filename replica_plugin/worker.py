@@ -119,6 +119,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         loading = Loading(self, master.load_page, master.page, master.replica_page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
         loading.run(super().load_wsgi, staggered)
+        master.load_page.close()
         self._heed_signals()
         self.notify()
 
@@ -333,7 +334,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _describe(self, again: bool) -> Register:
         leaving = self._leaving_since is not None or not self.serving
-        return Register(os.getpid(), self.age, self.cfg.threads, again, leaving, self._extra)
+        return Register(self.age, self.cfg.threads, again, leaving, self._extra)
 
 
 class ThreadWorker(ReplicaWorker):

@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 from server import Ended, Server, all_pids, environ_of, run_to_its_end, wait_for
 from stage import Stage
 from unprivileged import install as install  # a fixture for everyone
 
 Start = Callable[..., Server]
+
+hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None)
+"""For hours: `pytest --hypothesis-profile=long tests/test_fuzz_*.py`."""
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

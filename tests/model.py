@@ -10,19 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replica_plugin.decisions import (
-    EXEMPT_QUEUE,
-    Decisions,
-    Dismiss,
-    Inspect,
-    Kill,
-    Lost,
-    Refuse,
-    Rules,
-    Send,
-    Spare,
-    Why,
-)
+from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
+from replica_plugin.decisions import EXEMPT_QUEUE, Decisions, Rules
 from replica_plugin.overtime import CALM, SILENCE
 
 

@@ -35,7 +35,7 @@ class Idle:
         self.epoll = select.epoll()
         self.clients = Clients(self.epoll, [], Serving(keepalive=2.0), self.judge)
         sock, self.client = socket.socketpair()
-        self.clients.adopt(Adopt(2, "", "", b"", b""), sock, now=0.0)
+        self.clients.adopt(Adopt(2, "", b"", b""), sock, "", now=0.0)
         (self.conn,) = self.clients.connections.values()
 
     def close(self) -> None:

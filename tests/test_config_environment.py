@@ -101,8 +101,9 @@ def test_the_rule_across_keys_holds_for_both_together() -> None:
     Path("replica.yaml").write_text("threads_per_process: 8\n")
     assert refusal({"REPLICA_MAX_REPLICA_CONCURRENCY": "7"}) == (
         "environment: REPLICA_MAX_REPLICA_CONCURRENCY: processes_per_replica * threads_per_process "
-        "must be less than or equal to max_replica_concurrency, 7 (got 8); raise "
-        "max_replica_concurrency or set a lower target_replica_concurrency"
+        "must be less than or equal to max_replica_concurrency, 7 (got 8), or some slots would "
+        "never be used; raise max_replica_concurrency to 8, lower one of the others, or, if it is "
+        "meant, set target_replica_concurrency to 7 or less"
     )
 
 

@@ -74,8 +74,9 @@ def test_more_slots_than_the_bound_are_refused(
     blamed = blamed.replace("max_replica", key)
     assert refusal(content) == (
         f"replica.yaml:{blamed}: processes_per_replica * threads_per_process must be less than "
-        f"or equal to {key}, {bound or 1024} (got {slots}); raise {key} or set a lower "
-        "target_replica_concurrency"
+        f"or equal to {key}, {bound or 1024} (got {slots}), or some slots would never be used; "
+        f"raise {key} to {slots}, lower one of the others, or, if it is meant, set "
+        f"target_replica_concurrency to {bound or 1024} or less"
     )
 
 
@@ -87,6 +88,27 @@ def test_more_slots_than_the_bound_are_legal_with_a_lower_target() -> None:
 def test_the_rule_across_keys_rests_while_one_of_them_is_bad() -> None:
     expected = "replica.yaml:2: max_replica_concurrency: must be greater than or equal to 1 (got 0)"
     assert refusal("threads_per_process: 2000\nmax_replica_concurrency: 0\n") == expected
+
+
+def test_the_rule_across_keys_is_told_beside_a_bad_number_of_slots_that_cannot_mend_it() -> None:
+    content = "processes_per_replica: 0\nthreads_per_process: 4\nmax_replica_concurrency: 3\n"
+    first, second = refusal(content).splitlines()
+    assert first.startswith("replica.yaml:1: processes_per_replica: must be greater than")
+    assert second.startswith("replica.yaml:3: max_replica_concurrency: processes_per_replica * ")
+    assert "3 (got at least 4), or some slots" in second
+
+
+@pytest.mark.parametrize("content", ["- processes_per_replica: 2\n", "- iris\n", "[]\n"])
+def test_a_list_that_is_none_of_cortex_apis_is_told_as_a_list(content: str) -> None:
+    assert refusal(content) == (
+        "replica.yaml: must be a mapping of keys (got a list, but not of Cortex APIs, which have "
+        "name, kind and predictor)"
+    )
+
+
+def test_a_key_that_appears_twice_in_a_list_is_told_with_its_place() -> None:
+    first, _ = refusal("- {mode: thread, mode: thread}\n").splitlines()
+    assert first == "replica.yaml:1: [0].mode: appears twice, first on line 1; keep one"
 
 
 def test_the_rule_across_keys_is_told_beside_other_problems() -> None:

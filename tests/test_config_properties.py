@@ -11,7 +11,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 
 from replica_plugin.config.load import load
-from replica_plugin.config.settings import Settings, show, supported
+from replica_plugin.config.settings import KEYS, Settings, show, supported
 from replica_plugin.errors import ConfigError
 
 seconds = st.integers(1, 10**15).map(lambda nanoseconds: nanoseconds / 1e9)
@@ -76,11 +76,15 @@ def test_settings_written_to_variables_load_back_equal(file: Path, settings: Set
 
 
 def only_config_errors(file: Path, content: bytes, environ: dict[str, str]) -> None:
+    """Settings, or problems on one line each, that say where they stand."""
     file.write_bytes(content)
     try:
         load(str(file), environ=environ)
     except ConfigError as error:
         str(error).encode()
+        for problem in error.problems:
+            assert problem.place.where.startswith((str(file), "environment")), problem
+            assert len(str(problem).splitlines()) == 1, problem
 
 
 @limits(max_examples=60, deadline=None)
@@ -129,6 +133,23 @@ CORTEX_KEYS = ("name", "kind", "predictor", "autoscaling", "compute", "threads_p
 def test_random_apis_raise_nothing_but_a_config_error(file: Path, content: object) -> None:
     # JSON is YAML, but for numbers like NaN, which then are text.
     only_config_errors(file, json.dumps(content).encode(), {})
+
+
+keys = st.sampled_from(sorted(KEYS)) | st.text("abcxyz_", min_size=4, max_size=20)
+
+
+@limits(max_examples=60, deadline=None)
+@given(content=st.dictionaries(keys, nodes))
+def test_random_values_raise_nothing_but_a_config_error_that_names_each_unknown_key(
+    file: Path, content: dict[str, object]
+) -> None:
+    only_config_errors(file, json.dumps(content).encode(), {})
+    named: set[str] = set()
+    try:
+        load(str(file), environ={})
+    except ConfigError as error:
+        named = {problem.place.key for problem in error.problems}
+    assert content.keys() - KEYS <= named
 
 
 @limits(max_examples=60, deadline=None)

@@ -237,6 +237,9 @@ def test_a_key_that_does_nothing_yet_takes_no_value(key: str, value: str, seen: 
         ("preload", "1", "must be true or false (got 1); write true"),
         ("admin_bind", "9100", "must be host:port or unix:path (got 9100); put it in quotes"),
         ("ready_file", '""', 'must be a path (got "")'),
+        ("ready_file", "1", "must be a path (got 1); put it in quotes"),
+        ("ready_file", "none", 'must be a path (got "none"); leave the key out for none'),
+        ("ready_file", "null", "must be a path (got null); leave the key out for none"),
         (
             "exempt",
             "[/a, b]",

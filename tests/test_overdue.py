@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import pytest
 from server import wait_for
+from stage import PATIENCE
 
 from replica_plugin import overdue
 from replica_plugin.errors import OverdueError
@@ -129,6 +130,25 @@ def test_a_request_of_which_the_dispatcher_could_not_be_told_is_the_slots_to_ans
     watching.look(5.0, CHANNEL, told)
     assert nobody.struck == [7]
     assert not run.is_answered and run.claim_for_slot()
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_slot_that_answers_while_the_dispatcher_is_told_waits_for_what_comes_of_it(deaf):
+    watching, _, told, _ = watch()
+    run = watching.begin(0, 7, 5.0, CHANNEL)
+    claims: list[bool] = []
+    slot = threading.Thread(target=lambda: claims.append(run.claim_for_slot()))
+
+    def tell(run: Run, answered: bool) -> bool:
+        slot.start()
+        slot.join(0.05)
+        assert slot.is_alive()
+        return told(run, answered)
+
+    told.deaf = deaf
+    watching.look(5.0, CHANNEL, tell)
+    slot.join(PATIENCE)
+    assert claims == [deaf]
 
 
 def test_a_request_outside_its_window_is_told_and_not_interrupted():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import signal
 import subprocess
@@ -11,12 +12,12 @@ from typing import TypeVar
 
 import pytest
 
-from replica_plugin.pages import Cells, MasterPage, Numbers, ReplicaPage
+from replica_plugin.pages import Cells, LoadPage, MasterPage, Numbers, ReplicaPage
 
 HEADER = 8  # bytes of length and checksum, which are written last
 
 
-Page = TypeVar("Page", MasterPage, ReplicaPage, Cells)
+Page = TypeVar("Page", MasterPage, ReplicaPage, LoadPage, Cells)
 
 
 @pytest.fixture
@@ -95,6 +96,29 @@ def test_whatever_is_read_while_another_process_writes_was_written_as_a_whole(ne
     assert reads > 1
 
 
+BEATING = """
+import sys
+from replica_plugin.pages import Numbers, ReplicaPage
+page = ReplicaPage(int(sys.argv[1]))
+while True:
+    page.write(Numbers(7.0, *[7] * (len(Numbers._fields) - 1)))
+    page.write_load(7, 7)
+"""
+
+
+def test_no_number_that_is_read_while_another_process_writes_is_zero(new):
+    page = new(ReplicaPage())
+    sevens = Numbers(7.0, *[7] * (len(Numbers._fields) - 1))
+    page.write(sevens)
+    writer = subprocess.Popen([sys.executable, "-c", BEATING, str(page.fd)], pass_fds=[page.fd])
+    try:
+        assert {page.read() for _ in range(200_000)} == {sevens}
+        assert writer.poll() is None
+    finally:
+        writer.kill()
+        writer.wait()
+
+
 def test_a_value_that_is_too_big_is_refused_and_the_old_one_stays(new):
     page = new(MasterPage())
     page.write({"a": 1})
@@ -107,6 +131,95 @@ def test_a_value_that_is_too_big_is_refused_and_the_old_one_stays(new):
     assert page.read() == {"a": "x" * room}
     with pytest.raises(ValueError):
         page.write({"a": "x" * (room + 1)})
+
+
+# What a process that runs the app can do to a page.
+
+
+@pytest.mark.parametrize("kind", [MasterPage, ReplicaPage, LoadPage, lambda: Cells(1)])
+def test_a_page_cannot_be_made_smaller_which_would_kill_whoever_looks_at_it(new, kind):
+    page = new(kind())
+    with pytest.raises(PermissionError):
+        os.ftruncate(page.fd, 0)
+
+
+@pytest.mark.parametrize("kind", [MasterPage, ReplicaPage])
+def test_a_page_is_nobody_elses_to_open(new, kind):
+    assert os.fstat(new(kind()).fd).st_mode & 0o777 == 0o600
+
+
+def test_a_page_that_is_only_read_shows_what_is_written_and_takes_no_write(new):
+    page = MasterPage()
+    writer = new(MasterPage(os.dup(page.fd)))
+    page.only_read()
+    new(page)
+    writer.write({"a": 1})
+    assert page.read() == {"a": 1}
+    with pytest.raises(TypeError):
+        page.write({"a": 2})
+    with pytest.raises(PermissionError):
+        mmap.mmap(page.fd, 4096)
+    with pytest.raises(OSError):
+        os.pwrite(page.fd, b"x", 0)
+
+
+def test_numbers_that_are_only_read_are_todays(new):
+    page = ReplicaPage()
+    writer = new(ReplicaPage(os.dup(page.fd)))
+    page.only_read()
+    new(page)
+    writer.write(Numbers(beat=2.5))
+    writer.write_table([(1, 2, 3)])
+    assert (page.read(), page.read_table()) == (Numbers(beat=2.5), [(1, 2, 3)])
+
+
+# How loading the app went.
+
+
+@pytest.fixture
+def other(new) -> Iterator[tuple[LoadPage, subprocess.Popen[bytes]]]:
+    """A page, and another process that has its turn in the first lane."""
+    page = new(LoadPage())
+    code = (
+        "import sys, time; from replica_plugin.pages import LoadPage; "
+        "page = LoadPage(int(sys.argv[1])); page.take_turn(0); print(flush=True); time.sleep(60)"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", code, str(page.fd)], pass_fds=[page.fd], stdout=subprocess.PIPE
+    )
+    child.stdout.readline()
+    yield page, child
+    child.kill()
+    child.communicate()
+
+
+def test_a_turn_is_one_processs_and_known_and_ends_with_it(other):
+    page, child = other
+    assert not page.take_turn(0)
+    assert page.whose_turn(0) == child.pid
+    assert page.take_turn(1)
+    child.kill()
+    child.wait()
+    assert page.whose_turn(0) == 0
+    assert page.take_turn(0)
+
+
+def test_those_that_have_the_app_are_known_as_long_as_they_live(new):
+    page = new(LoadPage())
+    assert page.loaded([1, 2]) == set()
+    for age in range(1, 5000):
+        page.note_loaded(age, [1, age])
+    assert page.loaded([1, 2, 4999, 5000]) == {1, 4999}
+    assert page.loaded([]) == set()
+
+
+def test_failures_are_counted_until_one_has_loaded(new):
+    page = new(LoadPage())
+    for age in (3, 2):
+        page.note_failure(age)
+    assert (page.failed, page.failures) == (3, 2)
+    page.note_loaded(4, [4])
+    assert (page.failed, page.failures) == (3, 0)
 
 
 # The replica in numbers.
@@ -205,6 +318,14 @@ def test_cells_smaller_than_said_are_refused(new):
     with pytest.raises(ValueError, match="mmap length is greater than file size"):
         Cells(1000, cells.fd)
     cells.close()
+
+
+def test_cells_that_could_be_made_smaller_are_refused():
+    fd = os.memfd_create("cells")
+    os.ftruncate(fd, 4096)
+    with pytest.raises(ValueError, match="no memory that keeps its size"):
+        Cells(1, fd)
+    os.close(fd)
 
 
 def test_a_slot_that_was_silenced_may_not_begin_a_response_and_one_that_began_goes_on(new):

@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import select
 import signal
 import socket
+import struct
 import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
+import offering
 import pytest
-from server import Server
+from server import Server, environment
+from stage import PATIENCE
 
-from replica_plugin.channel import Register, pair, send, send_register
-from replica_plugin.pages import Cells
-from replica_plugin.processes import Processes
+from replica_plugin.channel import Register, control_pair, send
+from replica_plugin.processes import TURN, Processes
+from replica_plugin.rest import Rest
 
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
 TWO = {"processes_per_replica": 2, "threads_per_process": 1}
@@ -53,6 +61,26 @@ def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code)
     assert server.dispatcher == dispatcher
 
 
+def test_a_process_can_only_read_what_master_and_dispatcher_write(start):
+    """Nor does it hold what only the master needs: neither by a mapping nor by a descriptor."""
+    server = rogue(start, ONE)
+    (worker,) = server.workers
+    mapped = re.findall(r"(\S+) \S+ \S+ \S+ +/memfd:replica-(\w+)", read(worker, "maps"))
+    assert sorted(mapped) == [("r--s", "master"), ("r--s", "numbers"), ("rw-s", "cells")]
+    held = {}
+    for link in Path(f"/proc/{worker}/fd").iterdir():
+        name = os.readlink(link)
+        flags = int(read(worker, f"fdinfo/{link.name}").split("flags:")[1].split()[0], 8)
+        held.setdefault(name.partition(" ")[0], set()).add(flags & os.O_ACCMODE)
+    assert held["/memfd:replica-master"] == held["/memfd:replica-numbers"] == {os.O_RDONLY}
+    assert "/memfd:replica-load" not in held
+    assert "anon_inode:[eventfd]" not in held
+
+
+def read(pid: int, name: str) -> str:
+    return Path(f"/proc/{pid}/{name}").read_text()
+
+
 # What comes on the control socket.
 
 
@@ -62,37 +90,50 @@ class Office:
     def __init__(self) -> None:
         self.told: list[str] = []
 
+    def may_have(self, slots: int) -> bool:
+        return slots <= 2
+
     def __getattr__(self, name: str):
         return lambda *arguments: self.told.append(name)
 
 
 class Control:
-    """The dispatcher's side of processes, and a process that offers itself to it."""
+    """The dispatcher's side of processes, and processes that offer themselves to it."""
 
     def __init__(self) -> None:
-        self.reading, self.writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.reading, self.writing = control_pair()
         self.epoll = select.epoll()
         self.office = Office()
         self.processes = Processes(self.epoll, self.reading, self.office)
-        self.child = subprocess.Popen(["sleep", "60"])
-        self.pidfd = os.pidfd_open(self.child.pid)
-        self.cells = Cells(1)
-        self.channel, self.theirs = pair()
+        self.children: list[subprocess.Popen[bytes]] = []
 
     def hear(self) -> None:
         self.processes.on_event(self.reading.fileno(), select.EPOLLIN, 0.0)
 
-    def register(self) -> None:
-        offer = Register(self.child.pid, 1, 1, False, False)
-        send_register(self.writing, offer, self.theirs.fileno(), self.cells.fd, self.pidfd)
+    def say(self, message: bytes, *fds: int) -> None:
+        send(self.writing, message, *fds)
         self.hear()
 
+    def offer(self, **options: Any) -> subprocess.Popen[bytes]:
+        """Have a process make an offer, as offering.py has it."""
+        line = [sys.executable, offering.__file__, json.dumps(options)]
+        child = subprocess.Popen(
+            line, stdin=self.writing, stdout=subprocess.PIPE, env=environment()
+        )
+        self.children.append(child)
+        assert child.stdout.readline() == b"offered\n"
+        return child
+
+    def register(self, **options: Any) -> subprocess.Popen[bytes]:
+        child = self.offer(**options)
+        self.hear()
+        return child
+
     def close(self) -> None:
-        self.child.kill()
-        self.child.wait()
-        os.close(self.pidfd)
-        os.close(self.cells.fd)
-        for each in (self.reading, self.writing, self.channel, self.theirs, self.epoll):
+        for child in self.children:
+            child.kill()
+            child.communicate()
+        for each in (self.reading, self.writing, self.epoll):
             each.close()
 
 
@@ -103,8 +144,12 @@ def control() -> Iterator[Control]:
     control.close()
 
 
-OFFER = vars(Register(1, 1, 1, False, False))
-ADOPT = {"number": 2, "client": "", "server": "", "ahead": "", "carry": ""}
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+OFFER = vars(Register(1, 1, False, False))
+ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
 
 
 @pytest.mark.parametrize(
@@ -132,29 +177,152 @@ ADOPT = {"number": 2, "client": "", "server": "", "ahead": "", "carry": ""}
     ids=lambda value: repr(value)[:60],
 )
 def test_what_is_no_offer_is_thrown_away_with_its_descriptors(control, message, fds):
-    before = len(os.listdir("/proc/self/fd"))
+    before = descriptors()
     with open("/dev/null") as null:
-        send(control.writing, message, *[null.fileno()] * fds)
-        control.hear()
+        control.say(message, *[null.fileno()] * fds)
     assert control.office.told == []
-    assert len(os.listdir("/proc/self/fd")) == before
-    control.register()
+    assert descriptors() == before
+    control.register(age=1)
     assert control.office.told == ["on_registered"]
 
 
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"slots": 3},
+        {"age": -1},
+        {"age": 1 << 40},
+        {"pidfd": 1},
+        {"pidfd": None},
+        {"cells": "short"},
+        {"cells": "unsealed"},
+        {"channel": "stream"},
+    ],
+    ids=str,
+)
+def test_an_offer_that_is_not_of_its_sender_or_more_than_it_can_have_is_thrown_away(control, lie):
+    before = descriptors()
+    control.register(**lie)
+    assert control.office.told == []
+    assert (control.processes.links, descriptors() - before) == ({}, 1)  # the child's stdout
+    control.register(age=1)
+    assert control.office.told == ["on_registered"]
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_offer_in_anothers_name_ends_its_sender_and_not_the_other(control, count):
+    good = [control.register(age=age) for age in range(count)]
+    before = descriptors()
+    liar = control.register(age=0)
+    assert liar.wait(PATIENCE) == -signal.SIGKILL
+    assert control.office.told == [*["on_registered"] * count, "on_nonsense"]
+    assert [link.pid for link in control.processes.links.values()] == [it.pid for it in good]
+    assert descriptors() - before == 1
+    assert [child.poll() for child in good] == [None] * count
+
+
+def test_a_process_that_offers_itself_under_a_second_name_is_ended(control):
+    control.register(age=1, then={"age": 2})
+    assert control.office.told == ["on_registered", "on_nonsense"]
+    assert list(control.processes.links) == [1]
+
+
+def test_a_process_that_offers_itself_again_is_taken_anew(control):
+    control.register(age=1, then={"age": 1})
+    assert control.office.told == ["on_registered", "on_death", "on_registered"]
+    assert len(control.processes.links) == 1
+
+
 def test_an_offer_of_a_process_that_is_dead_already_is_not_taken(control):
-    control.child.kill()
-    control.child.wait()
-    control.register()
+    child = control.offer(age=1)
+    child.kill()
+    child.wait()
+    control.hear()
     assert control.office.told == []
 
 
 def test_an_event_of_the_last_owner_of_a_number_is_not_the_death_of_a_process(control):
-    control.register()
+    child = control.register(age=1)
     (link,) = control.processes.links.values()
     control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
     assert control.office.told == ["on_registered"]
-    control.child.send_signal(signal.SIGKILL)
-    control.child.wait()
+    child.kill()
+    child.wait()
     control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
     assert control.office.told == ["on_registered", "on_death"]
+
+
+# Connections that are handed back.
+
+
+def connected(kind: str) -> tuple[socket.socket, ...]:
+    """Sockets of this kind, of which the first is handed back."""
+    if kind == "tcp":
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            client = socket.create_connection(server.getsockname())
+            return server.accept()[0], client
+    if kind == "listening":
+        return (socket.create_server(("127.0.0.1", 0)),)
+    if kind == "left":
+        ours, client = connected("tcp")
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        client.close()
+        return (ours,)
+    if kind in ("udp", "alone"):
+        return (socket.socket(type=socket.SOCK_DGRAM if kind == "udp" else socket.SOCK_STREAM),)
+    return socket.socketpair(type=getattr(socket, f"SOCK_{kind.upper()}"))
+
+
+@pytest.mark.parametrize("kind", ["tcp", "stream"])
+def test_a_clients_connection_can_be_handed_back(control, kind):
+    sockets = connected(kind)
+    control.say(b"A" + json.dumps(ADOPT).encode(), sockets[0].fileno())
+    assert control.office.told == ["on_adopt"]
+    for each in sockets:
+        each.close()
+
+
+@pytest.mark.parametrize("kind", ["listening", "left", "udp", "alone", "dgram", "seqpacket"])
+def test_nothing_but_a_clients_connection_can_be_handed_back(control, kind):
+    sockets = connected(kind)
+    before = descriptors()
+    control.say(b"A" + json.dumps(ADOPT).encode(), sockets[0].fileno())
+    assert control.office.told == []
+    assert descriptors() == before
+    for each in sockets:
+        each.close()
+
+
+# How much a process says.
+
+
+def test_a_process_that_never_stops_talking_leaves_others_their_turns(control):
+    control.register(age=1, talks=True)
+    (link,) = control.processes.links.values()
+    assert control.epoll.poll(PATIENCE)
+    told = len(control.office.told)
+    control.processes.on_event(link.channel.fileno(), select.EPOLLIN, 0.0)
+    assert 0 < len(control.office.told) - told <= TURN
+
+
+def test_the_control_socket_leaves_others_their_turns(control):
+    for _ in range(TURN + 1):
+        send(control.writing, b"?")
+    control.hear()
+    assert control.epoll.poll(0) == [(control.reading.fileno(), select.EPOLLIN)]
+    control.hear()
+    assert control.epoll.poll(0) == []
+
+
+# What a process leaves to be sent.
+
+
+def test_the_rest_of_a_response_costs_its_process_as_much_memory_as_it_counts():
+    fd = os.memfd_create("rest", os.MFD_ALLOW_SEALING)
+    os.ftruncate(fd, 1 << 40)
+    seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+    with pytest.raises(ValueError, match="no sealed memory"):
+        Rest(fd)
+    with pytest.raises(OSError):
+        os.close(fd)

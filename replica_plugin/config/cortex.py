@@ -12,6 +12,7 @@ from . import cortex_api, environment
 from .cortex_api import Api
 from .cortex_keys import APIS, KIND
 from .layer import (
+    SHAPE_KEYS,
     Layer,
     SectionReader,
     api_label,
@@ -24,15 +25,7 @@ from .seen import Seen, from_node, shortened
 from .settings import KEYS
 from .target import check_target
 
-SHAPE_KEYS = ("name", "kind", "predictor")
 SERVED = "RealtimeAPI"
-
-
-def is_cortex(root: yaml.Node) -> bool:
-    """Tells the layout by its shape."""
-    if isinstance(root, yaml.MappingNode):
-        return any(key in entries(root) for key in SHAPE_KEYS)
-    return isinstance(root, yaml.SequenceNode)
 
 
 def read(root: yaml.Node, file: str, wanted: str) -> Layer:
@@ -124,7 +117,7 @@ def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem | None:
 
 
 def _kinds(apis: list[Api]) -> str:
-    return ", ".join(f"{api.kind} {shortened(api.name)}" for api in apis) or "an empty list"
+    return ", ".join(f"{api.kind} {shortened(api.name)}" for api in apis)
 
 
 def _notes(api: Api) -> list[str]:

@@ -17,6 +17,9 @@ from ..errors import Place, Problem
 from .seen import Seen, from_node, shortened
 from .values import BadValueError, Kind
 
+# Of an API in a Cortex file, by which it is known.
+SHAPE_KEYS = ("name", "kind", "predictor")
+
 
 @dataclass(frozen=True)
 class Section:
@@ -107,6 +110,15 @@ def entries(node: yaml.MappingNode) -> dict[str, tuple[yaml.Node, yaml.Node]]:
         for key, value in node.value
         if isinstance(key, yaml.ScalarNode) and key.tag == "tag:yaml.org,2002:str"
     }
+
+
+def is_cortex(root: yaml.Node) -> bool:
+    """Tells the layout by its shape: an API, or a list with one."""
+    if isinstance(root, yaml.MappingNode):
+        return any(key in entries(root) for key in SHAPE_KEYS)
+    return isinstance(root, yaml.SequenceNode) and any(
+        isinstance(item, yaml.MappingNode) and is_cortex(item) for item in root.value
+    )
 
 
 def api_label(index: int, node: yaml.Node) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import ConfigError, Place, Problem
 from . import cortex, environment, flat, yaml_file
-from .layer import Layer
+from .layer import Layer, is_cortex
 from .seen import Seen, printable
 from .settings import KEYS, Settings
 from .target import check_target
@@ -59,7 +59,7 @@ def _read_file(path: str | None, environ: Mapping[str, str]) -> Layer:
     except ConfigError as error:
         return Layer(problems=list(error.problems))
     root = document.root
-    if root is not None and cortex.is_cortex(root):
+    if root is not None and is_cortex(root):
         layer = cortex.read(root, file, environ.get(environment.API, ""))
     else:
         layer = flat.read(root, file) if root is not None else Layer()

@@ -14,6 +14,7 @@ from .quantities import Duration, Size
 from .values import (
     Boolean,
     Choice,
+    FilePath,
     Integer,
     Kind,
     Later,
@@ -106,9 +107,8 @@ class Settings:
         "a socket of its own for metrics and the status page",
     )  # fmt: skip
     ready_file: str | None = _key(
-        Text(r"[^\0]+", "a path", "path"), None, "a file that exists while readyz says 200",
-        example="/run/replica/ready",
-    )  # fmt: skip
+        FilePath(), None, "a file that exists while readyz says 200", example="/run/replica/ready"
+    )
     drain_delay: float = _key(
         Duration(least=0), 0.0, "on TERM, how long readyz says 503 before the listeners close"
     )

@@ -16,9 +16,9 @@ def check_target(layer: Layer) -> None:
     """Adds a problem to a layer of settings whose target exceeds max_replica_concurrency.
 
     By default the target is p*t, so p*t above the bound is refused unless a lower target says
-    that it is meant.
+    that it is meant. A bad p or t counts as 1, the least that can come of it.
     """
-    if layer.bad.intersection((BOUND, TARGET, *SLOTS)):
+    if layer.bad.intersection((BOUND, TARGET)):
         return
     bound, target = _value(layer, BOUND), _value(layer, TARGET)
     slots = _value(layer, SLOTS[0]) * _value(layer, SLOTS[1])
@@ -27,13 +27,15 @@ def check_target(layer: Layer) -> None:
         layer.add_problem(layer.places[TARGET], f"{text}; lower it or raise {BOUND}")
     elif target is None and slots > bound:
         blamed = next(key for key in (BOUND, *SLOTS) if key in layer.places)
-        layer.add_problem(layer.places[blamed], _too_many_slots(slots, bound))
+        about = "at least " if layer.bad.intersection(SLOTS) else ""
+        layer.add_problem(layer.places[blamed], _too_many_slots(slots, bound, about))
 
 
-def _too_many_slots(slots: int, bound: int) -> str:
+def _too_many_slots(slots: int, bound: int, about: str) -> str:
     return (
         f"processes_per_replica * threads_per_process must be less than or equal to {BOUND}, "
-        f"{bound} (got {slots}); raise {BOUND} or set a lower {TARGET}"
+        f"{bound} (got {about}{slots}), or some slots would never be used; raise {BOUND} to "
+        f"{slots}, lower one of the others, or, if it is meant, set {TARGET} to {bound} or less"
     )
 
 

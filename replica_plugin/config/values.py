@@ -184,6 +184,20 @@ class Text(Kind):
 
 
 @dataclass(frozen=True)
+class FilePath(Text):
+    """The path of a file. One called none is more likely meant as no file."""
+
+    pattern: str = r"[^\0]+"
+    rule: str = "a path"
+    name: str = "path"  # type: ignore[misc]  # as in Text
+
+    def parse(self, seen: Seen) -> str:
+        if seen.tag == "null" or seen.text.lower() == "none":
+            raise self.bad(seen, "leave the key out for none")
+        return super().parse(seen)
+
+
+@dataclass(frozen=True)
 class Prefix(Kind):
     """A path prefix, or true for the usual one, or false for none."""
 

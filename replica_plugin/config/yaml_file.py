@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import yaml
 
 from ..errors import ConfigError, Place, Problem
-from .layer import api_label, joined, line
+from .layer import api_label, is_cortex, joined, line
 from .seen import from_node, printable, shortened
 
 LARGEST_FILE = 2**20
@@ -136,7 +136,8 @@ def _problem(error: yaml.MarkedYAMLError, file: str) -> Problem:
 def _bad_keys(node: yaml.Node, file: str, path: str = "") -> Iterator[Problem]:
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            item_path = f"{path}[{index}]" if path else api_label(index, item)
+            is_api = not path and is_cortex(node)
+            item_path = api_label(index, item) if is_api else f"{path}[{index}]"
             yield from _bad_keys(item, file, item_path)
     if isinstance(node, yaml.MappingNode):
         yield from _bad_keys_of_mapping(node, file, path)
