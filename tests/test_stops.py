@@ -306,3 +306,26 @@ def test_hup_replaces_processes_whose_app_ignores_term(start):
     wait_for(lambda: not old & set(server.workers), "all old ones' end")
     server.wait_numbers(processes=2, slots=4)
     assert server.stop() == 0
+
+
+LAST_WORDS = """\
+import os, signal
+from served_app import application
+
+class Last:
+    def __del__(self, kill=os.kill, pid=os.getpid, usr1=signal.SIGUSR1, mkdir=os.mkdir):
+        kill(pid(), usr1)
+        mkdir("survived")
+
+last = Last()
+"""
+
+
+def test_a_process_that_is_ending_takes_no_harm_from_usr1(start):
+    """The interpreter has given up its handlers by then, and logs may be reopened at any time."""
+    config = {"processes_per_replica": 1, "threads_per_process": 2}
+    server = start(config=config, files={"last.py": LAST_WORDS}, app="last:application")
+    server.tell(signal.SIGTERM, server.workers[0])
+    server.wait_log("Booting worker", 2)
+    assert "was sent SIGUSR1" not in server.log
+    assert (server.folder / "survived").exists()
