@@ -14,7 +14,8 @@ from typing import Any
 
 from gunicorn import SERVER
 
-from .decisions import EXEMPT_QUEUE, Rules, Why
+from .actions import Why
+from .decisions import EXEMPT_QUEUE, Rules
 
 _JSON = re.compile(
     rb"\r\naccept:[^\r\n]*\bapplication/(?:[\w.-]+\+)?json(?![\w.+-])"

@@ -9,8 +9,8 @@ slot.
 A body of known length is awaited with one wake-up: SO_RCVLOWAT is set to what is needed. For
 a chunked body the mark is moved along, from the end of one chunk to that of the next. Room
 in the kernel is made first: else a body above some 100 KB would never arrive while nobody
-reads. That is kernel memory, so what is awaited is bounded, for all together; and the mark
-travels with the connection, so it is taken back before a slot gets that.
+reads; nor would such a head. That is kernel memory, so what is awaited is bounded, for all
+together; and the mark travels with the connection, so it is taken back before a slot gets that.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .rules import Serving
 
 PEEK = 1 << 14  # bytes looked at first; most heads and many bodies fit
 CHUNKED_LOOK = 4 << 20  # bytes of a chunked body that are looked at in search of its end
-ALL_MARKS = 256 << 20  # bytes of bodies that may be awaited in the kernel, all together
+ALL_MARKS = 256 << 20  # bytes that may be awaited in the kernel, all together
 FREE_MARK = 1 << 16  # and so many of each, which any connection's buffer holds
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
@@ -69,6 +69,17 @@ class Arrivals:
         """Count what has come, without looking at it."""
         conn.arrived = len(conn.ahead) + conn.unread()
 
+    def expect_head(self, conn: Connection) -> None:
+        """Have the kernel hold all of a head that may be more than it holds by itself."""
+        size = self.serving.limits.head
+        if conn.local or conn.awaited or conn.arrived < FREE_MARK:
+            return
+        if self._marks + _cost(size) <= ALL_MARKS:
+            self._marks += _cost(size)
+            conn.awaited = size
+            conn.make_room(size)
+            conn.wake_at(0)
+
     def expect_body(self, conn: Connection, head: Head) -> None:
         """Have the kernel wake us when enough is there, or a part if much is awaited already.
 
@@ -76,6 +87,7 @@ class Arrivals:
         """
         if conn.local:
             return
+        self.forget(conn)  # a head was awaited, perhaps
         size = self._enough(head) - len(conn.ahead)
         if self._marks + _cost(size) > ALL_MARKS:
             size = min(size, FREE_MARK)
@@ -91,7 +103,7 @@ class Arrivals:
             needed = conn.chunks.needed - len(conn.ahead)
             conn.wake_at(max(1, min(conn.awaited, needed)))
 
-    def forget_body(self, conn: Connection) -> None:
+    def forget(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""
         self._marks -= _cost(conn.awaited)
         conn.awaited = 0

@@ -70,7 +70,7 @@ class Arriving:
     def forget(self, conn: Connection) -> None:
         """Nothing is expected on the connection any more."""
         if conn.awaited:
-            self._arrivals.forget_body(conn)
+            self._arrivals.forget(conn)
         self._glances.stop(conn)
         self._quiet.stop(conn)
 
@@ -113,8 +113,10 @@ class Arriving:
             self._arrivals.expect_body(conn, conn.head)
         elif conn.head is not None:
             self._arrivals.follow_chunks(conn)
-        elif conn.arrived and conn.timer is self._idle:
-            self._host.time(conn, self._heads, now)
+        else:
+            self._arrivals.expect_head(conn)
+            if conn.arrived and conn.timer is self._idle:
+                self._host.time(conn, self._heads, now)
         if conn.local and conn.arrived and conn not in self._quiet:
             self._quiet.start(conn, now)
         self._host.watch(conn)

@@ -29,7 +29,7 @@ from typing import Protocol
 from .answers import UNTAKEN, Answer
 from .arriving import Arriving
 from .channel import Address, Adopt, End, Report
-from .connection import Connection, State
+from .connection import Connection, State, timeval
 from .deadlines import Deadlines
 from .endings import Endings
 from .head import Head
@@ -68,12 +68,13 @@ class Clients:
         self._resumable = False
         self._last_call_at = math.inf
         self.called = False  # the last call is over
-        self._answered: deque[Connection] = deque()  # here, and to be looked at in the next turn
+        self.answered: deque[Connection] = deque()  # here, and `tick` is to look at them soon
         self.serve(serving)
 
     def serve(self, serving: Serving) -> None:
         """Take over settings that may have changed; they hold for waits that go on, too."""
         self._serving = serving
+        self._limits = timeval(serving.receive_timeout), timeval(serving.send_timeout)
         self._arriving.serve(serving)
         self._endings.serve(serving.send_timeout)
 
@@ -101,7 +102,7 @@ class Clients:
         self._go_on(conn, now)
 
     def _take(self, conn: Connection, now: float) -> None:
-        conn.limit_waits(self._serving.receive_timeout, self._serving.send_timeout)
+        conn.limit_waits(*self._limits)
         self.connections[conn.fd] = conn
 
     def on_event(self, conn: Connection, mask: int, now: float) -> None:
@@ -219,7 +220,7 @@ class Clients:
         if keep:
             conn.next_request(conn.ahead, conn.carry)
             self._arriving.await_next(conn, now)
-            self._answered.append(conn)
+            self.answered.append(conn)
         else:
             self._endings.linger(conn, now)
 
@@ -308,7 +309,7 @@ class Clients:
 
     def next_deadline(self) -> float:
         """When `tick` is needed next, or sooner."""
-        if self._answered:
+        if self.answered:
             return 0.0
         return min(
             self._arriving.due(),
@@ -319,8 +320,8 @@ class Clients:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
-        for _ in range(len(self._answered)):
-            self._on_answered(self._answered.popleft(), now)
+        for _ in range(len(self.answered)):
+            self._on_answered(self.answered.popleft(), now)
         self._arriving.tick(now)
         for conn in self._endings.tick(now):
             self._judge.on_cut_off(conn, now)

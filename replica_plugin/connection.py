@@ -26,6 +26,12 @@ SEGMENT = 1 << 10  # bytes of a window that is as good as closed
 WINDOW = struct.Struct("=232xI")  # tcpi_rcv_wnd in struct tcp_info
 
 
+def timeval(seconds: float) -> bytes:
+    """As the kernel wants it for SO_RCVTIMEO and SO_SNDTIMEO: time without progress."""
+    whole, part = divmod(seconds, 1)
+    return struct.pack("ll", int(whole), int(part * 1e6))
+
+
 class State(Enum):
     """Where a connection stands. It is in a slot's hands while RUNNING."""
 
@@ -58,7 +64,7 @@ class Connection:
         self.state = State.ARRIVING
         self.head: Head | None = None
         self.arrived = 0  # bytes of the request seen so far
-        self.awaited = 0  # bytes of a body for which the kernel was asked to have room
+        self.awaited = 0  # bytes for which the kernel was asked to have room
         self.chunks: Chunks | None = None  # how far a chunked body was followed
         self.mark = 0  # SO_RCVLOWAT, if it was raised
         self.request = 0
@@ -76,16 +82,14 @@ class Connection:
     def __repr__(self) -> str:
         return f"<Connection {self.fd} of {self.client!r}: {self.state.name.lower()}>"
 
-    def limit_waits(self, receive: float, send: float) -> None:
-        """Bound every read and write a slot does on this socket, in seconds without progress.
+    def limit_waits(self, receive: bytes, send: bytes) -> None:
+        """Bound every read and write a slot does on this socket; each limit is a `timeval`.
 
         Kernel timeouts, because they cost a slot nothing, where Python's own cost one poll
         a call, and travel with the descriptor.
         """
-        for option, seconds in ((socket.SO_RCVTIMEO, receive), (socket.SO_SNDTIMEO, send)):
-            whole, part = divmod(seconds, 1)
-            value = struct.pack("ll", int(whole), int(part * 1e6))
-            self.sock.setsockopt(socket.SOL_SOCKET, option, value)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, receive)
+        self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send)
 
     def unread(self) -> int:
         """How many bytes lie in the kernel."""

@@ -32,73 +32,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import NamedTuple
+from dataclasses import dataclass
+from operator import attrgetter
 
+from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
 from .overtime import GRACE, Overtime, Quota
+from .process import Process
 from .rate import Rate
 from .request_queue import Queue, Wait
-
-
-class Why(Enum):
-    """Why a request is answered without having run."""
-
-    FULL = "full"
-    CROWDED = "crowded"
-    WAITED = "waited"
-    STOPPING = "stopping"
-
-
-class Send(NamedTuple):
-    """Hand this request to the process of this age."""
-
-    request: int
-    age: int
-
-
-class Refuse(NamedTuple):
-    """Answer this request without running it."""
-
-    request: int
-    why: Why
-
-
-class Spare(NamedTuple):
-    """This request was admitted in a dry run, and would have been refused."""
-
-    request: int
-
-
-class Lost(NamedTuple):
-    """The process that ran this request died; `overdue` if it was killed, and that is why."""
-
-    request: int
-    overdue: bool = False
-
-
-class Dismiss(NamedTuple):
-    """Tell the process of this age to finish what it runs, and leave."""
-
-    age: int
-
-
-class Inspect(NamedTuple):
-    """See what the process of this age is doing, of which we should have heard by now."""
-
-    age: int
-
-
-class Kill(NamedTuple):
-    """Kill the process of this age: it runs nothing but stuck requests, or is silent."""
-
-    age: int
-
 
 EXEMPT_QUEUE = 16
 """How many exempt requests may wait."""
 
-Action = Send | Refuse | Spare | Lost | Dismiss | Inspect | Kill
+_order = attrgetter("order")
 
 
 @dataclass(frozen=True)
@@ -122,54 +68,6 @@ class Rules:
     def wait_limit(self) -> float:
         """`queue_timeout`, or infinity."""
         return math.inf if self.queue_timeout is None else self.queue_timeout
-
-
-@dataclass(eq=False)
-class Process:
-    """One gunicorn worker, as the dispatcher sees it."""
-
-    age: int
-    slots: int
-    owed: int = 0
-    registered: bool = True
-    free: int = 0
-    leaving: bool = False
-    dismissed: bool = False
-    blocked: bool = False
-    stalled: bool = False
-    last_start: int = 0
-    extra: int = 0
-    exempt: int = 0  # of its requests
-    requests: dict[int, Wait] = field(default_factory=dict)
-    overdue: set[int] = field(default_factory=set)  # of which the process has said so
-    stuck: set[int] = field(default_factory=set)  # those that have had their grace
-    killed: bool = False
-
-    @property
-    def is_silent(self) -> bool:
-        """Whether it has not said that a request is overdue, though there was time to."""
-        return not self.stuck <= self.overdue
-
-    @property
-    def is_idle(self) -> bool:
-        """Whether it runs nothing, but for stuck requests."""
-        return self.busy == len(self.stuck)
-
-    @property
-    def busy(self) -> int:
-        """How many of its slots are busy, of whatever kind, as far as anybody knows."""
-        return self.owed + len(self.requests)
-
-    @property
-    def running(self) -> int:
-        """How many of its slots are busy, as far as anybody knows; the extra one does not count."""
-        beyond = self.exempt if self.extra else 0
-        return min(self.owed, self.slots) + len(self.requests) - beyond
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether each of its slots has come to wait, or works on something."""
-        return self.free + self.busy >= self.slots + self.extra
 
 
 class Decisions:
@@ -319,11 +217,15 @@ class Decisions:
         self._see_whether_ready()
         return self._start(now)
 
-    def done(self, age: int, request: int, now: float) -> list[Action]:
-        """A slot has finished this request and waits for the next: one credit."""
-        if not self.runs(age, request):
-            return []
-        self._end(self.processes[age], request)
+    def done(self, age: int, request: int, now: float) -> list[Action] | None:
+        """A slot has finished this request and waits for the next: one credit.
+
+        None if that process does not run it: it was said twice, or is another process's.
+        """
+        process = self.processes.get(age)
+        if process is None or request not in process.requests:
+            return None
+        self._end(process, request)
         return self._start(now)
 
     def overdue(self, age: int, request: int) -> bool:
@@ -429,7 +331,7 @@ class Decisions:
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
         self.given_up = True
-        left = self.exempt.clear() + self.waiting.clear()
+        left = self.exempt.take_all() + self.waiting.take_all()
         return [Refuse(request, Why.STOPPING) for request in left]
 
     # How it is decided.
@@ -446,6 +348,8 @@ class Decisions:
     def _start(self, now: float) -> list[Action]:
         """Send what waits while there are credits and the cap allows; what is exempt first."""
         started: list[Action] = []
+        if not (self.waiting or self.exempt):
+            return started
         while self.exempt and (process := self._least_busy_for_exempt()):
             started.append(self._begin(now, process, *self.exempt.take()))
         while self.waiting and (process := self._least_busy()):
@@ -486,7 +390,7 @@ class Decisions:
 
     def _least_busy_for_exempt(self) -> Process | None:
         """One whose extra slot is free; or, as for any other request, one that has none."""
-        extra = [p for p in self._usable if p.exempt < p.extra and _has_credit(p)]
+        extra = [p for p in self._usable if p.exempt < p.extra and p.has_credit]
         return min(extra, key=_order) if extra else self._least_busy(extras=False)
 
     def _least_busy(self, extras: bool = True) -> Process | None:
@@ -499,7 +403,7 @@ class Decisions:
         able = [
             p
             for p in self._usable
-            if _has_credit(p) and p.running < p.slots and (extras or not p.extra)
+            if p.has_credit and p.running < p.slots and (extras or not p.extra)
         ]
         return min(able, key=_order, default=None)
 
@@ -528,7 +432,12 @@ class Decisions:
     def _wants_to_leave(self, process: Process) -> bool:
         if process.dismissed or not process.registered:
             return False
-        return process.leaving or self.drained
+        return process.leaving or self.drained or self._is_replaced(process)
+
+    def _is_replaced(self, process: Process) -> bool:
+        """Whether p newer ones are ready. The master has told it to leave; its app may not heed."""
+        newer = sum(each.age > process.age for each in self._present())
+        return newer >= self.rules.processes
 
     def _may_leave(self, process: Process) -> bool:
         """Whether a process that is told to leave can be spared.
@@ -539,11 +448,10 @@ class Decisions:
         """
         if self.stopping:
             return self.drained
-        present = self._present()
-        wanted = self.rules.processes
-        if sum(each.age > process.age for each in present) >= wanted:
+        if self._is_replaced(process):
             return True
-        return not (self.booting or self.cannot_load) and len(present) >= wanted
+        enough = len(self._present()) >= self.rules.processes
+        return enough and not (self.booting or self.cannot_load)
 
     def _see_to_overdue(self, now: float) -> list[Action]:
         """Inspect processes that are silent; end those with requests that have had their grace."""
@@ -605,11 +513,3 @@ class Decisions:
             self._exempt_within -= 0 if process.extra else process.exempt
             for request in process.requests:
                 self._untime(process, request)
-
-
-def _has_credit(process: Process) -> bool:
-    return process.free > 0 and not (process.blocked or process.stalled)
-
-
-def _order(process: Process) -> tuple[int, int]:
-    return process.running, process.last_start

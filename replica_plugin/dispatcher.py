@@ -5,8 +5,8 @@
 It runs no user code, and joins three parts that do not know each other: clients (sockets
 and bytes), decisions (plain values) and processes (channels). Each turn of its loop takes
 first what the master wants, so that a stop comes before requests that came after it; then events
-of clients, so that one that has left is not run; then those of processes and listeners; then
-what is due.
+of clients, so that one that has left is not run; then those of processes and listeners; then,
+every few milliseconds, what is due.
 
 It reads the master's page when nudged, tells the replica's page at least once a second that
 it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
@@ -25,10 +25,11 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from . import answers
+from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
 from .channel import Address, Adopt, Job, Kind, Report, decode_stall
 from .clients import Clients
 from .connection import Connection
-from .decisions import Action, Decisions, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
+from .decisions import Decisions
 from .guard import Guard
 from .head import Head
 from .heritage import Heritage
@@ -40,6 +41,7 @@ from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
+MOMENT = 0.005  # seconds after an event at which the clock is looked at, at the latest
 LAST_CALL = 1.0  # seconds that a client has to send a request after a stop began
 OVERTIME = 0.25  # seconds after graceful_timeout at which a stop ends, whatever is left to do
 
@@ -80,6 +82,7 @@ class Dispatcher:
         self._guard = Guard(self._epoll, frame.master_pid)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._ended = False
+        self._tick_at = 0.0
         self._spared = frame.replica_page.read().spared
         self._decisions.was_ready = self._heritage.was_ready
         for age, slots, _ in self._heritage.rows():
@@ -91,42 +94,55 @@ class Dispatcher:
     def run(self) -> None:
         """Serve until a stop is done."""
         while not self._ended:
-            due = self._next_deadline()
-            wait = min(TURN, max(0.0, due - time.monotonic()))
-            events = self._epoll.poll(wait)
-            now = time.monotonic()
-            self._processes.watch(now)
-            self._on_events(events, now)
-            self._tick(due <= now, now)
-            self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
-            self._frame.replica_page.write(self._numbers(now))
+            self.turn()
         self._frame.replica_page.write(self._numbers(math.inf))
 
+    def turn(self) -> None:
+        """Wait for what happens, and see to it; and, MOMENT later at most, to what is due.
+
+        So what there is to do by the clock, deadlines, numbers, ready file, costs nothing for
+        each request, and whatever an event has to start a deadline for is late by a MOMENT.
+        """
+        events = self._epoll.poll(max(0.0, self._tick_at - time.monotonic()))
+        now = time.monotonic()
+        if events:
+            self._on_events(events, now)
+            self._tick_at = now if self._clients.answered else min(self._tick_at, now + MOMENT)
+        if self._tick_at <= now:
+            self._tick(now)
+            self._tick_at = min(now + TURN, self._next_deadline())
+
     def _on_events(self, events: list[tuple[int, int]], now: float) -> None:
-        nudge = self._frame.nudge
-        if any(fd == nudge for fd, _ in events):
+        if self._frame.nudge in dict(events):
             self._on_nudge(now)
-        others = []
         connections = self._clients.connections
-        for fd, mask in events:
-            conn = connections.get(fd)
-            if conn is not None:
-                self._clients.on_event(conn, mask, now)
+        others = []
+        for event in events:
+            conn = connections.get(event[0])
+            if conn is None:
+                others.append(event)
             else:
-                others.append((fd, mask))
+                self._clients.on_event(conn, event[1], now)
         for fd, mask in others:
-            if fd in self._clients.listeners:
-                self._clients.on_listener(fd, now)
-            elif fd == self._frame.master_pidfd:
-                self._on_master_death(now)
-            elif fd in self._guard:
-                self._guard.died()
-                self._tell_unguarded()
-            elif fd in self._heritage:
-                age = self._heritage.died(fd)
-                self._perform(self._decisions.died(age, (), now), now)
+            link = self._processes.by_channel.get(fd)
+            if link is None:
+                self._on_rare(fd, mask, now)
             else:
-                self._processes.on_event(fd, mask, now)
+                self._processes.on_channel(link, mask, now)
+
+    def _on_rare(self, fd: int, mask: int, now: float) -> None:
+        if fd in self._clients.listeners:
+            self._clients.on_listener(fd, now)
+        elif fd == self._frame.master_pidfd:
+            self._on_master_death(now)
+        elif fd in self._guard:
+            self._guard.died()
+            self._tell_unguarded()
+        elif fd in self._heritage:
+            age = self._heritage.died(fd)
+            self._perform(self._decisions.died(age, (), now), now)
+        else:
+            self._processes.on_event(fd, mask, now)
 
     def _next_deadline(self) -> float:
         return min(
@@ -137,15 +153,18 @@ class Dispatcher:
             self._next_of_stop(),
         )
 
-    def _tick(self, due: bool, now: float) -> None:
-        if due:
-            self._clients.tick(now)
-            self._journal.tick(now)
+    def _tick(self, now: float) -> None:
+        """Do what is due, and tell the replica's page how things stand."""
+        self._processes.watch(now)
+        self._clients.tick(now)
+        self._journal.tick(now)
         self._perform(self._decisions.tick(now), now)
         if self._decisions.stopping:
             self._drain_if_done(now)
         if self._stop is not None and self._stop.graceful:
             self._go_on_stopping(self._stop, now)
+        self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
+        self._frame.replica_page.write(self._numbers(now))
 
     def _numbers(self, now: float) -> Numbers:
         decisions = self._decisions
@@ -216,21 +235,22 @@ class Dispatcher:
             self._on_returned(link, report.request, now)
         elif report.kind is Kind.STALLED:
             self._on_explained(link, report)
+        elif report.kind is Kind.TURNING:
+            self._processes.watch(now)
         else:
             self._on_overdue(link, report, now)
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
-        if not self._decisions.runs(link.age, report.request):
-            if report.rest is not None:
-                report.rest.close()
-            return  # said twice, or of another process's request
-        conn = self._requests.pop(report.request, None)
-        self._perform(self._decisions.done(link.age, report.request, now), now)
+        actions = self._decisions.done(link.age, report.request, now)
+        conn = self._requests.pop(report.request, None) if actions is not None else None
+        self._perform(actions or [], now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
-        elif report.rest is not None:  # we have answered already, in place of the slot
+        elif report.rest is not None:  # of another's request, or one that we have answered
             report.rest.close()
+        if report.rest is not None:  # how much room there is for others, slots read on the page
+            self._frame.replica_page.write(self._numbers(now))
 
     def _on_returned(self, link: Link, request: int, now: float) -> None:
         if not self._decisions.runs(link.age, request) or request not in self._requests:

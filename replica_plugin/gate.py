@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakSet
 
-from .decisions import Why
+from .actions import Why
 from .rate import Rate
 
 Turn = threading.Lock

@@ -17,6 +17,10 @@ it the attendant is a thread of the system that runs no code of the app.
    has taken. A call that keeps the GIL keeps the attendant from that, too.
 
 The attendant uses nothing that gevent patches, and of gevent only the hub's `async_` watcher.
+
+What the patch needs of gevent is imported here, in the master: once for all processes, and before
+an app that is preloaded. Python takes modules down in the reverse order, and what an app's still do
+then, such as a logging handler of Flask's, which takes a lock, finds gevent's in place.
 """
 
 from __future__ import annotations
@@ -36,8 +40,17 @@ from typing import Any
 import gevent
 import gevent.event
 import gevent.hub
+import gevent.lock
 import gevent.monkey
+import gevent.queue
+import gevent.select
+import gevent.signal
 import gevent.socket
+import gevent.ssl
+import gevent.subprocess
+import gevent.thread
+import gevent.threading
+import gevent.time
 
 from . import early
 from .channel import (

@@ -9,6 +9,10 @@
 Each page has one writer at a time and outlives it, which is the point: what a dead process
 knew is still there. A page is an anonymous file (memfd), passed on as a descriptor.
 
+Words that are read without a checksum are written by assigning whole bytes: `pack_into` makes
+zeros of what it is about to write, and a reader who comes in between would see a heart that
+stopped at 0.
+
 Processes run the app, so what they inherit of master and dispatcher they can only read, and no
 page can be made smaller: whoever looked at it then would be killed (SIGBUS).
 """
@@ -191,14 +195,14 @@ class ReplicaPage(_Page):
         return 0 if kind == fcntl.F_UNLCK else int(pid)
 
     def write(self, numbers: Numbers) -> None:
-        _NUMBERS.pack_into(self._memory, 0, *numbers)
+        self._memory[: _NUMBERS.size] = _NUMBERS.pack(*numbers)
 
     def read(self) -> Numbers:
         return Numbers(*_NUMBERS.unpack_from(self._memory, 0))
 
     def write_load(self, waiting: int, running: int) -> None:
         """Two of the numbers, ahead of the others: a request that begins finds itself counted."""
-        _LOAD.pack_into(self._memory, _LOAD_OFFSET, waiting, running)
+        self._memory[_LOAD_OFFSET : _LOAD_OFFSET + _LOAD.size] = _LOAD.pack(waiting, running)
 
     def write_table(self, rows: list[tuple[int, int, int]]) -> None:
         """Age, slots and pid of every registered process."""

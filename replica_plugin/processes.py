@@ -30,6 +30,7 @@ from .channel import (
     Address,
     Adopt,
     Job,
+    Kind,
     Register,
     Report,
     close_all,
@@ -62,6 +63,7 @@ class Link:
     full: bool = False  # a message could not be delivered
     leave_due: bool = False
     stalled: bool = False  # as the dispatcher was told last
+    busy: int = 0  # how many jobs it was sent, and has not reported done
     silenced: bool = False  # its slots begin no response any more
 
 
@@ -87,17 +89,15 @@ class Processes:
         self._epoll = epoll
         self._control = control
         self._office = office
-        self._by_channel: dict[int, Link] = {}
+        self.by_channel: dict[int, Link] = {}
         self._by_pidfd: dict[int, Link] = {}
         self._own_pidfd = os.pidfd_open(os.getpid())
         epoll.register(control.fileno(), select.EPOLLIN)
 
     def on_event(self, fd: int, mask: int, now: float) -> None:
-        """epoll has something to say about the control socket, a channel or a pidfd."""
+        """epoll has something to say about the control socket or a pidfd."""
         if fd == self._control.fileno():
             self._on_control(mask, now)
-        elif fd in self._by_channel:
-            self._on_channel(self._by_channel[fd], mask, now)
         elif fd in self._by_pidfd and _is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
 
@@ -179,15 +179,19 @@ class Processes:
     def _know(self, link: Link) -> None:
         self.links[link.age] = link
         self.slots += link.slots
-        self._by_channel[link.channel.fileno()] = link
+        self.by_channel[link.channel.fileno()] = link
         self._by_pidfd[link.pidfd] = link
         self._epoll.register(link.channel.fileno(), select.EPOLLIN)
         self._epoll.register(link.pidfd, select.EPOLLIN)
 
-    def _on_channel(self, link: Link, mask: int, now: float) -> None:
+    def on_channel(self, link: Link, mask: int, now: float) -> None:
+        """epoll has something to say about a channel.
+
+        Who reads it until it is empty asks once too often; what is left has another event.
+        """
         if mask & select.EPOLLOUT and link.full:
             self._on_room(link, now)
-        for report in self._reports(link, TURN):
+        for report in self._reports(link, min(TURN, max(1, link.busy))):
             self._office.on_report(link, report, now)
 
     def _reports(self, link: Link, most: int) -> Iterator[Report]:
@@ -210,6 +214,7 @@ class Processes:
             except ValueError:
                 self._on_nonsense(link)
                 return
+            link.busy -= report.kind is Kind.DONE
             yield report
 
     def _on_nonsense(self, link: Link) -> None:
@@ -231,7 +236,7 @@ class Processes:
     def _close_channel(self, link: Link) -> None:
         if link.open:
             link.open = False
-            del self._by_channel[link.channel.fileno()]
+            del self.by_channel[link.channel.fileno()]
             self._epoll.unregister(link.channel.fileno())
 
     def _release(self, link: Link) -> None:
@@ -250,6 +255,7 @@ class Processes:
         except OSError as error:
             self._on_full(link, error)
             return False
+        link.busy += 1
         return True
 
     def dismiss(self, age: int) -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from typing import NamedTuple
 
 
@@ -31,55 +31,46 @@ class Wait(NamedTuple):
     exempt: bool = False
 
 
-class Queue(Mapping[int, Wait]):
-    """Requests by number, oldest first."""
+class Queue(OrderedDict[int, Wait]):
+    """Requests by number, oldest first. It is changed by these methods only."""
 
     def __init__(self) -> None:
-        self._waits: OrderedDict[int, Wait] = OrderedDict()
+        super().__init__()
         self._limited: list[tuple[float, int]] = []
-
-    def __len__(self) -> int:
-        return len(self._waits)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._waits)
-
-    def __getitem__(self, request: int) -> Wait:
-        return self._waits[request]
 
     def append(self, request: int, wait: Wait) -> None:
         """A request that is newer than all others."""
-        self._waits[request] = wait
+        self[request] = wait
         if wait.until < math.inf:
             insort(self._limited, (wait.until, request))
 
     def remove(self, request: int) -> None:
         """A request leaves; nothing happens if it is not here."""
-        wait = self._waits.pop(request, None)
+        wait = self.pop(request, None)
         if wait is not None:
             self._unlimit(request, wait)
 
     def take(self) -> tuple[int, Wait]:
         """Take the first one out."""
-        request, wait = self._waits.popitem(last=False)
+        request, wait = self.popitem(last=False)
         self._unlimit(request, wait)
         return request, wait
 
     def put_back(self, requests: Iterable[tuple[int, Wait]]) -> None:
         """Put requests that were taken out where their numbers belong, near the head."""
         back = dict(requests)
-        while self._waits and back and next(iter(self._waits)) < max(back):
+        while self and back and next(iter(self)) < max(back):
             request, wait = self.take()
             back[request] = wait
         for request in sorted(back, reverse=True):
             self.append(request, back[request])
-            self._waits.move_to_end(request, last=False)
+            self.move_to_end(request, last=False)
 
     def next_expiry(self, limit: float) -> float:
         """When one of them has waited for `limit`, or its own; infinity if none ever has."""
-        if not self._waits:
+        if not self:
             return math.inf
-        first = next(iter(self._waits.values())).since + limit
+        first = next(iter(self.values())).since + limit
         return min(first, self._limited[0][0]) if self._limited else first
 
     def expired(self, now: float, limit: float) -> list[int]:
@@ -88,15 +79,15 @@ class Queue(Mapping[int, Wait]):
         while self.next_expiry(limit) <= now:
             own, request = self._limited[0] if self._limited else (math.inf, 0)
             if own > now:
-                request = next(iter(self._waits))
+                request = next(iter(self))
             self.remove(request)
             late.append(request)
         return sorted(late)
 
-    def clear(self) -> list[int]:
-        """Take all out."""
-        left = list(self._waits)
-        self._waits.clear()
+    def take_all(self) -> list[int]:
+        """Take all out, in their order."""
+        left = list(self)
+        self.clear()
         self._limited.clear()
         return left
 

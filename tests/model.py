@@ -10,19 +10,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replica_plugin.decisions import (
-    EXEMPT_QUEUE,
-    Decisions,
-    Dismiss,
-    Inspect,
-    Kill,
-    Lost,
-    Refuse,
-    Rules,
-    Send,
-    Spare,
-    Why,
-)
+from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
+from replica_plugin.decisions import EXEMPT_QUEUE, Decisions, Rules
 from replica_plugin.overtime import CALM, SILENCE
 
 
@@ -265,8 +254,7 @@ class Model:
                 self._judge_dismissal(action)
         for process in self.present():
             assert not self.drained, f"P7: {process} was not dismissed in the end"
-            newer = [each for each in self.present() if each.age > process.age]
-            replaced = process.leaving and len(newer) >= self.rules.processes
+            replaced = self._is_replaced(process)
             assert self.stopping or not replaced, "P7: one that is replaced leaves"
         self._see_readiness()
 
@@ -303,7 +291,8 @@ class Model:
     def _judge_dismissal(self, dismiss):
         process = self.processes[dismiss.age]
         assert process.registered and not process.dismissed, "dismissed once"
-        assert process.leaving or self.drained or process.stuck, "P7: nobody leaves unasked"
+        asked = process.leaving or self.drained or self._is_replaced(process)
+        assert asked or process.stuck, "P7: nobody leaves unasked"
         if process.stuck and not self._may_leave(process):
             assert process.useless(), "P7: as long as it has slots that work it is spared"
         elif self.stopping:
@@ -312,7 +301,7 @@ class Model:
             assert not self.loading(), "P7: not below p while a successor loads"
             assert not (self.failed and self.cannot_load()), "P7: not below p while none can load"
             assert len(self.present()) == self.rules.processes, "P7: one at a time"
-        if not (self._may_leave(process) and (process.leaving or self.drained)):
+        if not (self._may_leave(process) and asked):
             assert self._may_end_another(), "P11: not more often than is promised"
             self.ends.append(self.now)
         process.dismissed = True
@@ -320,10 +309,13 @@ class Model:
     def _may_leave(self, process):
         if self.stopping:
             return self.drained
-        newer = [each for each in self.present() if each.age > process.age]
         enough = len(self.present()) >= self.rules.processes
         spared = enough and not self.loading() and not (self.failed and self.cannot_load())
-        return len(newer) >= self.rules.processes or spared
+        return spared or self._is_replaced(process)
+
+    def _is_replaced(self, process):
+        newer = [each for each in self.present() if each.age > process.age]
+        return len(newer) >= self.rules.processes
 
     def _may_end_another(self):
         lately = [at for at in self.ends if at > self.now - CALM]

@@ -27,7 +27,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 DEADLINE = 120
 """Seconds: an app may train its model first. It only ever fails tests."""
 
-FOREIGN = ("AWS_", "FLASK_")
+FOREIGN = ("AWS_", "FLASK_", "MODELS")
 MACHINE: dict[str, str | None] = {n: None for n in os.environ if n.startswith(FOREIGN)}
 MACHINE["NO_PROXY"] = "127.0.0.1"
 """What the machine's environment must not tell the examples, and what it must."""
@@ -88,21 +88,27 @@ class Reader:
     def follow(self) -> None:
         """The README from its beginning to its end."""
         for command in self.commands:
-            command.printed = self._run(command.words)
+            command.printed = self.run(command.words)
 
-    def _run(self, words: list[str]) -> str:
+    def run(self, words: list[str]) -> str:
+        """One command; what it printed."""
         match words:
             case ["pip", "install", what]:
-                extra = re.fullmatch(r"\.\./\.\.\[(\w+)\]", what)
-                assert extra and extra[1] in metadata("replica-plugin").get_all("Provides-Extra")
+                extras = re.fullmatch(r"\.\./\.\.\[([\w,]+)\]", what)[1].split(",")
+                assert {*extras} <= {*metadata("replica-plugin").get_all("Provides-Extra")}
                 return ""
             case ["moto_server", "-p", port]:
-                real = self._serve("moto_server", ["-m", "moto.server", "-p", "0"])
+                (real,) = self._serve("moto_server", ["-m", "moto.server", "-p", "0"])
                 self.ports[int(port)] = real
                 self._env["AWS_ENDPOINT_URL_S3"] = f"http://127.0.0.1:{real}"
                 return ""
+            case ["python", "models.py", *ports]:
+                reals = self._serve("models", ["models.py", *("0" for _ in ports)], len(ports))
+                self.ports |= zip(map(int, ports), reals)
+                self._env["MODELS"] = " ".join(f"http://127.0.0.1:{real}" for real in reals)
+                return ""
             case ["flask", "run"]:
-                self.ports[5000] = self._serve("flask", ["-m", "flask", "run", "--port", "0"])
+                (self.ports[5000],) = self._serve("flask", ["-m", "flask", "run", "--port", "0"])
                 return ""
             case ["gunicorn", *options, app]:
                 self.ports[8000] = self._gunicorn(options, app)
@@ -131,8 +137,8 @@ class Reader:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    def _serve(self, name: str, arguments: list[str]) -> int:
-        """Start a development server in the background; its port."""
+    def _serve(self, name: str, arguments: list[str], count: int = 1) -> list[int]:
+        """Start something in the background that listens on so many ports, which it prints."""
         with open(self.folder / f"{name}.log", "wb") as log:
             self.background[name] = subprocess.Popen(
                 [sys.executable, *arguments],
@@ -143,11 +149,12 @@ class Reader:
                 stderr=log,
             )
 
-        def listening() -> re.Match[str] | None:
+        def ports() -> list[int]:
             assert self.background[name].poll() is None, self.log(name)
-            return re.search(r"Running on http://127\.0\.0\.1:(\d+)", self.log(name))
+            found = re.findall(r"Running on http://127\.0\.0\.1:(\d+)", self.log(name))
+            return [int(port) for port in found] if len(found) >= count else []
 
-        return int(wait_for(listening, name, DEADLINE)[1])
+        return list(wait_for(ports, name, DEADLINE)[:count])
 
     def _gunicorn(self, options: list[str], app: str) -> int:
         self.server = Server(self.folder, base=tuple(options), app=app, env=self._env, ready=False)

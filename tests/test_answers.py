@@ -7,8 +7,9 @@ import time
 import pytest
 
 from replica_plugin import answers
+from replica_plugin.actions import Why
 from replica_plugin.answers import Answer
-from replica_plugin.decisions import Rules, Why
+from replica_plugin.decisions import Rules
 
 TEXT = ("Content-Type", "text/plain; charset=utf-8")
 JSON = ("Content-Type", "application/json")

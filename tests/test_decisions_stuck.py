@@ -6,7 +6,8 @@ import math
 
 from test_decisions import arrive, join
 
-from replica_plugin.decisions import Decisions, Dismiss, Inspect, Kill, Lost, Rules, Send
+from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Send
+from replica_plugin.decisions import Decisions, Rules
 from replica_plugin.overtime import CALM, GRACE, SILENCE
 
 LIMIT = 5.0

@@ -6,9 +6,12 @@ import os
 import re
 import signal
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -16,10 +19,25 @@ from conftest import Starter
 from readme import EXAMPLES, Reader
 from server import Pending, Server, wait_for
 
-PATHS = {"digits_cpu": "/", "digits_s3": "/predict/7", "shop": "/products"}
+PATHS = {
+    "digits_cpu": "/",
+    "digits_s3": "/predict/7",
+    "fanout_gevent": "/price/80",
+    "shop": "/products",
+}
 """What to ask each example for."""
 
-digits_s3 = pytest.mark.parametrize("example", ["digits_s3"], indirect=True)
+BEHIND = {"digits_s3": ("moto_server", [9000]), "fanout_gevent": ("models", [9001, 9002, 9003])}
+"""What an I/O-bound example waits for: its name, and the ports in the README."""
+
+ANSWERS: dict[str, Callable[[int], tuple[str, Any]]] = {
+    "digits_s3": lambda number: ("/predict/7", {"digit": 7}),
+    "fanout_gevent": lambda area: (f"/price/{area}", {"price": 4400.0 * area}),
+}
+"""What to ask it for, by the number of the request, and what is right."""
+
+fanout = pytest.mark.parametrize("example", ["fanout_gevent"], indirect=True)
+io_bound = pytest.mark.parametrize("example", BEHIND, indirect=True)
 shop = pytest.mark.parametrize("example", ["shop"], indirect=True)
 
 
@@ -60,18 +78,21 @@ def test_an_example_runs_as_many_requests_at_once_as_its_replica_yaml_says(
     assert {each.result().status for each in asked} == {200}
 
 
-@digits_s3
-def test_while_the_bucket_is_silent_every_thread_waits_for_it_and_one_request_for_a_thread(
+@io_bound
+def test_while_what_is_behind_is_silent_every_slot_waits_for_it_and_one_request_for_a_slot(
     example: Reader,
 ) -> None:
-    server, bucket = example.server, example.background["moto_server"]
+    server, (name, ports) = example.server, BEHIND[example.name]
     processes, threads = slots(example)
-    bucket.send_signal(signal.SIGSTOP)
-    asked = [server.later("/predict/7") for _ in range(processes * threads + 1)]
+    example.background[name].send_signal(signal.SIGSTOP)
+    told = [ANSWERS[example.name](number) for number in range(processes * threads + 1)]
+    asked = [server.later(path) for path, _ in told]
     server.wait_numbers(running=processes * threads, waiting=1)
-    wait_for(lambda: fetches(server, example.ports[9000]) == [threads] * processes, "fetches")
-    bucket.send_signal(signal.SIGCONT)
-    assert [each.result().json for each in asked] == [{"digit": 7}] * len(asked)
+    for port in ports:
+        fetching = partial(fetches, server, example.ports[port])
+        wait_for(lambda: fetching() == [threads] * processes, "fetches")
+    example.background[name].send_signal(signal.SIGCONT)
+    assert [each.result().json for each in asked] == [right for _, right in told]
 
 
 def fetches(server: Server, port: int) -> list[int]:
@@ -89,6 +110,18 @@ def descriptors(pid: int) -> list[str]:
         with suppress(FileNotFoundError):
             found.append(os.readlink(path))
     return found
+
+
+@pytest.mark.slow
+@fanout
+def test_the_picture_of_throughput_has_what_was_measured_in_both_modes(example: Reader) -> None:
+    tiny = ["--slots", "4", "--seconds", "1", "--rounds", "1"]
+    printed = example.run(["python", "throughput.py", *tiny])
+    measured = re.findall(r"^(\w+) mode, 4 slots: (\d+) requests/s$", printed, re.MULTILINE)
+    assert [mode for mode, _ in measured] == ["gevent", "thread"]
+    assert all(int(rate) > 0 for _, rate in measured)
+    drawn = ElementTree.parse(example.folder / "throughput.svg").findall(".//{*}polyline")
+    assert [line.get("class") for line in drawn] == ["gevent", "thread"]
 
 
 @shop

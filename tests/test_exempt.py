@@ -1,4 +1,8 @@
-"""Exempt paths: served while the replica is full, and counted nowhere."""
+"""Exempt paths: served while the replica is full, and counted nowhere.
+
+That is thread mode's, with a slot of their own beside several. With one, and in gevent mode, there
+is none, and they only come first.
+"""
 
 from __future__ import annotations
 
@@ -107,19 +111,22 @@ def test_queue_timeout_holds_for_exempt_requests_too(replica, stage):
     empty(clients, actors, stage, 0)
 
 
-def test_with_one_thread_an_exempt_request_goes_to_the_head_of_the_queue(start):
-    server, stage = start(config=config(1, 1)), start.stage
-    clients, actors = fill(server, stage, 1)
+@pytest.mark.parametrize(
+    ("mode", "t"), [("thread", 1), ("gevent", 1), ("gevent", 2)], indirect=["mode"]
+)
+def test_without_a_slot_of_its_own_an_exempt_request_goes_to_the_head_of_the_queue(start, t):
+    server, stage = start(config=config(1, t)), start.stage
+    clients, actors = fill(server, stage, t)
     exempt = server.connect().ask("/hold/exempt")
     assert server.get("/numbers").status == 503
     actors.pop().finish()
     first = stage.next()
     assert (first.name, first.main) == ("exempt", True)
-    server.wait_numbers(running=0, waiting=9)
+    server.wait_numbers(running=t - 1, waiting=10 - t)
     assert stage.is_empty()
     empty([exempt], [first], stage, 0)
-    empty(clients, [], stage, 9)
-    assert server.get("/numbers").json["high"] == 1
+    empty(clients, actors, stage, 10 - t)
+    assert server.get("/numbers").json["high"] == t
 
 
 def test_the_cap_holds_while_exempt_requests_run_and_the_dispatcher_dies(start):

@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 from server import Pending, wait_for
 
-from replica_plugin.decisions import Why
+from replica_plugin.actions import Why
 from replica_plugin.gate import Gate, TurnedAwayError
 
 

@@ -178,6 +178,7 @@ def test_a_process_whose_hub_stands_still_is_sent_nothing_until_it_turns_again(s
     finish(*actors, last)
     stage.next().finish()
     close([client, *others])
+    assert "request_timeout" not in server.log
 
 
 def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(start, stage):
@@ -196,6 +197,16 @@ def test_what_was_sent_to_a_hub_that_stands_still_goes_to_others_in_its_order(st
         assert actors[-1].name == name and actors[-1].pid != blocked.pid
     finish(*actors, blocked)
     close(clients)
+
+
+def test_of_a_hub_that_turns_again_the_log_says_nothing(start, stage):
+    server = start(config=ONE)
+    client, actor = block_one(server, stage)
+    before = server.log
+    actor.finish()
+    close([client])
+    assert server.get("/hello").status == 200
+    assert server.log == before
 
 
 def test_probes_answer_while_every_hub_stands_still_and_the_replica_is_ready(start, stage):
@@ -315,6 +326,13 @@ def test_preloaded_libraries_that_hold_what_gevent_replaces_are_warned_of(start)
     assert server.get("/hello").status == 200
     server = start(config=ONE, app="uses:application", files=files)
     assert "gevent's patch" not in server.log
+
+
+def test_a_process_with_a_preloaded_flask_app_ends_without_a_word(start):
+    files = {"plain.py": "from flask import Flask\n\napplication = Flask('plain')\n"}
+    server = start("--preload", config=ONE, app="plain:application", files=files)
+    assert server.stop() == 0
+    assert "Exception ignored" not in server.log
 
 
 def test_a_configuration_that_patches_first_works_with_preload(start, stage):

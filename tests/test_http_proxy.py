@@ -6,7 +6,10 @@ import json
 import struct
 
 import pytest
+from server import IN_BOTH_MODES
 from wire import AGAIN, Pair, Wire, chunked, post, request, start_pair
+
+pytestmark = IN_BOTH_MODES
 
 V1 = b"PROXY TCP4 192.0.2.1 192.0.2.2 1111 2222\r\n"
 V1_6 = b"PROXY TCP6 2001:db8::1 2001:db8::2 1111 2222\r\n"
@@ -42,7 +45,7 @@ def addresses(body: bytes) -> tuple:
     "line", [b"", V1, V1_6, V2, V2_TLV, V2_6, V2_LOCAL],
     ids=["none", "v1", "v1-6", "v2", "v2-tlv", "v2-6", "v2-local"],
 )  # fmt: skip
-def test_environ_is_that_of_gthread(pair, line, which):
+def test_environ_is_that_of_gunicorns_own(pair, line, which):
     ours, stock = pair.outcomes([line + EVERYTHING], "GET", which=which)
     assert ours == stock
     assert ours.statuses == [200]
@@ -122,7 +125,7 @@ def test_refusal_behind_a_proxy_line_ends_the_connection(module_start):
     ],
     ids=lambda line: repr(line[:24] + line[-8:]),
 )
-def test_malformed_proxy_line_is_refused_as_by_gthread(pair, line):
+def test_malformed_proxy_line_is_refused_as_by_gunicorns_own(pair, line):
     ours, stock = pair.outcomes([line + EVERYTHING], "GET")
     assert ours == stock
     assert not ours.stays

@@ -1,4 +1,4 @@
-"""Requests of every kind: the same bytes to ours and to gthread, and the same outcome.
+"""Requests of every kind: the same bytes to ours and to gunicorn's own, and the same outcome.
 
 Each is sent whole, over TCP and over a Unix socket, and then to ours again in small parts:
 the dispatcher looks at what has come so far, and must come to the same end however it comes.
@@ -7,7 +7,10 @@ the dispatcher looks at what has come so far, and must come to the same end howe
 from __future__ import annotations
 
 import pytest
+from server import IN_BOTH_MODES
 from wire import AGAIN, Outcome, Pair, Situation, Wire, chunked, post, request, start_pair
+
+pytestmark = IN_BOTH_MODES
 
 GET = AGAIN
 MEBIBYTE = 1 << 20
@@ -50,8 +53,6 @@ WELL_FORMED = [
     Situation("unread_body", post("/ignore", b"abc") + GET, ["POST", "GET"]),
     Situation("half_read_body", post("/partly/3", b"abcdef") + GET, ["POST", "GET"]),
     Situation("unread_60k", post("/ignore", b"x" * 60_000) + GET, ["POST", "GET"]),
-    Situation("unread_64k", post("/ignore", b"x" * 65_536) + GET),
-    Situation("unread_200k", post("/ignore", b"x" * 200_000) + GET),
     Situation("chunked", chunked("/echo", b"abc", b"defgh")),
     Situation("chunked_empty", chunked("/echo")),
     Situation("chunked_upper_case", te(" CHUNKED", b"A\r\n0123456789\r\n0\r\n\r\n")),
@@ -169,14 +170,14 @@ def seen_by_both(pair: Pair, situation: Situation, which: int) -> Outcome:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["tcp", "unix"])
 @pytest.mark.parametrize("situation", WELL_FORMED, ids=str)
-def test_well_formed_request_has_the_outcome_it_has_with_gthread(pair, situation, which):
+def test_well_formed_request_has_the_outcome_it_has_with_gunicorns_own(pair, situation, which):
     outcome = seen_by_both(pair, situation, which)
     assert len(outcome.replies) == len(situation.methods)
 
 
 @pytest.mark.parametrize("which", [0, 1], ids=["tcp", "unix"])
 @pytest.mark.parametrize("situation", MALFORMED, ids=str)
-def test_malformed_request_is_refused_as_gthread_refuses_it(pair, situation, which):
+def test_malformed_request_is_refused_as_gunicorns_own_refuses_it(pair, situation, which):
     outcome = seen_by_both(pair, situation, which)
     assert [status // 100 in (4, 5) for status in outcome.statuses] == [True]
     assert not outcome.stays
@@ -254,6 +255,17 @@ def test_last_of_pipelined_requests_may_still_be_on_its_way(pair):
         wire.send(GET * 3 + GET[:-2])
         assert [wire.reply().status for _ in range(3)] == [200] * 3
         assert wire.send(GET[-2:]).outcome("GET").statuses == [200]
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["tcp", "unix"])
+@pytest.mark.parametrize("size", [65_536, 200_000])
+def test_body_left_unread_that_is_large_ends_the_connection_as_with_gthread(pair, size, which):
+    """gunicorn's gevent worker reads on, however much there is."""
+    servers = [pair.ours] if pair.ours.mode == "gevent" else [pair.ours, pair.stock]
+    for server in servers:
+        with Wire(server.addresses[which]) as wire:
+            outcome = wire.send_if_it_can(post("/ignore", b"x" * size) + GET).outcome("POST")
+            assert (outcome.statuses, outcome.stays) == ([200], False)
 
 
 def test_body_left_unread_closes_the_connection_without_a_second_answer(pair):

@@ -1,4 +1,4 @@
-"""gunicorn's settings that show in HTTP: the same with ours as with gthread."""
+"""gunicorn's settings that show in HTTP: the same with ours as with gunicorn's own workers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import re
 import socket
 
 import pytest
-from server import STOCK, Server, wait_for
+from server import IN_BOTH_MODES, STOCK, STOCK_GEVENT, Server, wait_for
 from stage import PATIENCE
 from wire import AGAIN, Pair, Wire, chunked, post, request, start_pair
+
+pytestmark = IN_BOTH_MODES
 
 FORMAT = (
     "%(h)s|%(l)s|%(u)s|%(r)s|%(m)s|%(U)s|%(q)s|%(H)s|%(s)s|%(B)s|%(b)s|%(f)s|%(a)s|"
@@ -18,7 +20,7 @@ FORMAT = (
 
 
 @pytest.fixture(scope="module")
-def pair(module_start, tmp_path_factory) -> Pair:
+def pair(module_start, tmp_path_factory, mode) -> Pair:
     """With hooks, an access log of our own, small limits, and binds of every kind."""
     folder = tmp_path_factory.mktemp("logs")
     servers = []
@@ -36,7 +38,7 @@ def pair(module_start, tmp_path_factory) -> Pair:
         arguments += ["--forwarded-allow-ips", "127.0.0.1", "--threads", "2"]
         arguments += ["--env", "RAW=raw"]
         if name == "stock":
-            arguments += STOCK
+            arguments += STOCK_GEVENT if mode == "gevent" else STOCK
         bind = ("127.0.0.1:0", f"unix:{folder / name}.sock", "[::1]:0", "0.0.0.0:0")
         server = module_start(
             *arguments, base=(), bind=bind, app="odd_app:application",

@@ -3,6 +3,8 @@
 The dispatcher answers probes and refusals, slots answer the rest; both read the same stream.
 If they saw a request end in different places, a client behind a shared proxy could have its
 bytes run as somebody else's request. STOLEN is what must never be answered then.
+
+Most of this is up to the dispatcher alone; where slots read of the stream, it is so in both modes.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import re
 
 import pytest
-from server import Pending
+from server import IN_BOTH_MODES, Pending
 from wire import AGAIN, Wire, chunked, post, request, start_pair
 
 STOLEN = request("/method?stolen")
@@ -136,6 +138,7 @@ def test_thousands_of_pipelined_refusals_are_answered_by_the_same_dispatcher(ful
     assert full.dispatcher == before
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("count", [2000])
 def test_thousands_of_pipelined_probes_are_answered_by_the_same_dispatcher(server, count):
     before = server.dispatcher
@@ -157,6 +160,7 @@ MIXED = [
 ]
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("size", [1, 7, 100, 8192, 1 << 20])
 @pytest.mark.parametrize("which", [0, 1], ids=["tcp", "unix"])
 def test_probes_and_requests_in_one_stream_each_get_their_own_answer(server, which, size):

@@ -1,4 +1,8 @@
-"""How processes load the app: in turn, in how many at once, and when it cannot be loaded."""
+"""How processes load the app: in turn, in how many at once, and when it cannot be loaded.
+
+In both modes where a process takes part in it, which in gevent mode patches first; the rest is up
+to the master.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import re
 import signal
 
 import pytest
-from server import Load, wait_for
+from server import IN_BOTH_MODES, Load, wait_for
 from test_hook_start import APP, IMPORT
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
@@ -30,6 +34,7 @@ def fail_a_reload(server, failures):
     server.wait_log("RuntimeError: a broken deploy", failures)
 
 
+@IN_BOTH_MODES
 def test_hup_to_an_app_that_cannot_load_is_logged_and_the_old_processes_serve_on(start):
     server = start_app(start, config=TWO)
     old = server.workers
@@ -94,6 +99,7 @@ def test_an_app_that_has_been_served_can_fail_in_all_processes_and_come_back(sta
     assert server.get("/").status == 200
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("p", [1, 3])
 def test_at_the_start_one_process_loads_after_another(start, stage, p):
     server = start(config={"processes_per_replica": p}, env=HELD, ready=False)
@@ -154,6 +160,7 @@ def test_without_stagger_init_all_load_at_once(start, stage):
     server.wait_ready()
 
 
+@IN_BOTH_MODES
 def test_in_a_reload_one_process_more_than_p_has_the_app_loaded(start, stage):
     server = start(config=TWO, env=HELD, ready=False)
     for _ in range(2):
@@ -181,6 +188,7 @@ def test_in_a_reload_one_process_more_than_p_has_the_app_loaded(start, stage):
     server.wait_numbers(processes=2, slots=4)
 
 
+@IN_BOTH_MODES
 def test_the_next_hup_ends_those_that_still_load_at_once(start, stage):
     server = start(config=TWO, env=HELD, ready=False)
     for _ in range(2):
@@ -200,6 +208,7 @@ def test_the_next_hup_ends_those_that_still_load_at_once(start, stage):
     wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
 
 
+@IN_BOTH_MODES
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGQUIT, signal.SIGINT])
 def test_a_stop_does_not_wait_for_those_that_still_load(start, stage, number):
     options = ("--graceful-timeout", "600")
@@ -235,6 +244,7 @@ def app(environ, start_response):
 """
 
 
+@IN_BOTH_MODES
 def test_preload_loads_the_app_once_in_the_master_and_freezes_it(start):
     server = start_app(start, text=FROZEN, config={**TWO, "preload": True})
     assert server.get("/").body == f"{server.process.pid} True".encode()

@@ -1,4 +1,7 @@
-"""Limits of the machine: told at the start, and met without a crash or a spin."""
+"""Limits of the machine: told at the start, and met without a crash or a spin.
+
+Those of the dispatcher are the same in both modes.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,9 @@ import resource
 from pathlib import Path
 
 import pytest
-from server import Server, wait_for
+from server import IN_BOTH_MODES, Server, wait_for
 
+from replica_plugin.answers import UNTAKEN
 from replica_plugin.channel import End, Kind, Report, decode_report
 from replica_plugin.machine import Machine, shortages, spare
 from replica_plugin.rest import Rest
@@ -69,6 +73,26 @@ def test_a_rest_of_a_response_that_found_no_descriptor_ends_its_connection():
     rest.close()
 
 
+@IN_BOTH_MODES
+def test_a_request_for_which_its_process_has_no_descriptor_is_answered_503(start):
+    server = start()
+    (worker,) = server.workers
+    assert server.get("/hello").status == 200
+    server.wait_numbers(running=0)
+    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free(worker), limits[1]))
+    for _ in range(3):
+        reply = server.get("/hello")
+        assert (reply.status, reply.body.decode()) == (503, f"{UNTAKEN.text}\n")
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
+    assert server.get("/hello").status == 200
+
+
+def lowest_free(pid: int) -> int:
+    """The number that a process's next descriptor gets."""
+    return min(set(range(1024)) - {int(number) for number in os.listdir(f"/proc/{pid}/fd")})
+
+
 @pytest.fixture
 def poor(start) -> Server:
     """A replica whose dispatcher may have 80 descriptors, of which 60 are for connections."""
@@ -105,8 +129,7 @@ def test_a_dispatcher_out_of_descriptors_waits_without_spinning_and_recovers(poo
 def test_a_dispatcher_without_any_descriptor_recovers(poor):
     pid = poor.dispatcher
     poor.wait_numbers(connections=0)
-    used = {int(number) for number in os.listdir(f"/proc/{pid}/fd")}
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (min(set(range(80)) - used), 80))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid), 80))
     late = poor.connect().ask("/hello")
     poor.wait_log(OUT)
     assert not late.is_readable()

@@ -96,6 +96,29 @@ def test_whatever_is_read_while_another_process_writes_was_written_as_a_whole(ne
     assert reads > 1
 
 
+BEATING = """
+import sys
+from replica_plugin.pages import Numbers, ReplicaPage
+page = ReplicaPage(int(sys.argv[1]))
+while True:
+    page.write(Numbers(7.0, *[7] * (len(Numbers._fields) - 1)))
+    page.write_load(7, 7)
+"""
+
+
+def test_no_number_that_is_read_while_another_process_writes_is_zero(new):
+    page = new(ReplicaPage())
+    sevens = Numbers(7.0, *[7] * (len(Numbers._fields) - 1))
+    page.write(sevens)
+    writer = subprocess.Popen([sys.executable, "-c", BEATING, str(page.fd)], pass_fds=[page.fd])
+    try:
+        assert {page.read() for _ in range(200_000)} == {sevens}
+        assert writer.poll() is None
+    finally:
+        writer.kill()
+        writer.wait()
+
+
 def test_a_value_that_is_too_big_is_refused_and_the_old_one_stays(new):
     page = new(MasterPage())
     page.write({"a": 1})
@@ -215,6 +238,35 @@ def test_the_load_is_two_of_the_numbers(new):
     page.write(Numbers(1.5, 1, 2, 3, 4, 5, 6, 7))
     page.write_load(40, 50)
     assert page.read() == Numbers(1.5, 1, 2, 3, 4, 5, 6, 7)._replace(waiting=40, running=50)
+
+
+NUMBERS_WRITER = """
+import sys
+from replica_plugin.pages import Numbers, ReplicaPage
+page = ReplicaPage(int(sys.argv[1]))
+while True:
+    page.write(Numbers(*[1] * len(Numbers._fields)))
+    page.write_load(1, 1)
+    page.write(Numbers(*[2] * len(Numbers._fields)))
+    page.write_load(2, 2)
+"""
+
+
+def test_a_number_that_is_read_while_another_process_writes_is_the_old_or_the_new(new):
+    page = new(ReplicaPage())
+    page.write(Numbers(*[1] * len(Numbers._fields)))
+    command = [sys.executable, "-c", NUMBERS_WRITER, str(page.fd)]
+    writer = subprocess.Popen(command, pass_fds=[page.fd])
+    try:
+        changes, last = 0, 1
+        while changes < 300:
+            assert writer.poll() is None
+            numbers = page.read()
+            assert set(numbers) <= {1, 2}
+            changes, last = changes + (numbers.beat != last), numbers.beat
+    finally:
+        writer.kill()
+        writer.wait()
 
 
 def test_the_table_is_beside_the_numbers(new):

@@ -1,11 +1,14 @@
-"""ready_file: there while readyz says 200."""
+"""ready_file: there while readyz says 200.
+
+That depends on the mode where processes become ready; the rest is up to dispatcher and supervisor.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 
-from server import wait_for
+from server import IN_BOTH_MODES, wait_for
 from test_hook_start import COMMAND
 
 CONFIG = {"processes_per_replica": 2, "threads_per_process": 2, "ready_file": "ready"}
@@ -15,6 +18,7 @@ def shown(server):
     return (server.folder / "ready").exists()
 
 
+@IN_BOTH_MODES
 def test_the_file_is_there_once_all_processes_are_ready_and_not_before(start, stage):
     server = start(config=CONFIG, env={"HOLD_IMPORT": "1"}, ready=False)
     stage.next().finish()

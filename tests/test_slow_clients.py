@@ -328,6 +328,17 @@ def test_a_giant_head_is_refused_without_a_slot(module_start, which):
         assert client.is_closed()
 
 
+@pytest.mark.parametrize(("fields", "status"), [(40, 200), (150, 431)])
+def test_a_head_larger_than_the_kernels_buffer_is_judged_as_one_that_is_not(
+    module_start, fields, status
+):
+    server = module_start(config=ONE)
+    head = "".join(f"X-{n}: {'x' * 8000}\r\n" for n in range(fields))
+    with server.connect() as client:
+        client.send(f"GET /hello HTTP/1.1\r\nHost: test\r\n{head}\r\n")
+        assert client.reply().status == status
+
+
 def test_an_idle_connection_is_closed_after_keepalive(module_start, which):
     server = module_start("--keep-alive", "1", config=ONE, bind=BOTH)
     with server.connect(which) as client:

@@ -303,3 +303,19 @@ def test_ttin_and_ttou_change_the_number_of_processes(start, stage):
     assert load.failures == []
     server.wait_numbers(running=0, waiting=0)
     assert holds(server, stage, 2)
+
+
+DEAF = """\
+import signal
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+from served_app import application
+"""
+
+
+def test_hup_replaces_processes_whose_app_ignores_term(start):
+    server = start(config=TWO, files={"deaf.py": DEAF}, app="deaf:application")
+    old = set(server.workers)
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: not old & set(server.workers), "all old ones' end")
+    server.wait_numbers(processes=2, slots=4)
+    assert server.stop() == 0

@@ -19,17 +19,8 @@ from typing import Any
 
 from model import Model
 
-from replica_plugin.decisions import (
-    Action,
-    Decisions,
-    Dismiss,
-    Kill,
-    Lost,
-    Refuse,
-    Rules,
-    Send,
-    Spare,
-)
+from replica_plugin.actions import Action, Dismiss, Kill, Lost, Refuse, Send, Spare
+from replica_plugin.decisions import Decisions, Rules
 
 
 @dataclass(eq=False)

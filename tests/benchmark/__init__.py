@@ -1,0 +1,1 @@
+"""The benchmark: this plugin beside its peers. See `python tests/benchmark --help`."""

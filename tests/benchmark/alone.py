@@ -1,0 +1,192 @@
+"""A slot, and the dispatcher, each alone in one thread, with their other ends played here.
+
+What they cost then has no wake-ups, no GIL and no scheduler in it, and the instructions that
+valgrind counts are the same from run to run. `python -m benchmark.alone slot 1000` prints
+microseconds of CPU per request.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from gunicorn.config import Config
+from gunicorn.glogging import Logger
+
+from replica_plugin import channel, pages
+from replica_plugin.client_socket import ClientSocket
+from replica_plugin.decisions import Rules
+from replica_plugin.dispatcher import Dispatcher, Frame
+from replica_plugin.exchange import Settled
+from replica_plugin.journal import Journal
+from replica_plugin.overdue import Watch
+from replica_plugin.rules import Privileges, Serving, Wishes
+from replica_plugin.slot import Slot
+
+from .bare import app
+from .peers import environment
+
+REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n\r\n"
+CLOSING = REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
+WARM = 50
+LOOK = 20e-6  # seconds that pass under valgrind, whenever somebody looks at the clock
+COUNTED = (50, 250)  # requests of the two runs of which the difference is counted
+QUIET = {"loglevel": "error"}
+
+
+def slot() -> Callable[[int], None]:
+    """What has a slot serve its nth request, of the app without Flask, kept alive."""
+    config = Config()
+    config.set("worker_class", "replica_plugin.worker.ThreadWorker")
+    config.set("threads", 2)
+    settled = Settled(config)
+    worker: Any = SimpleNamespace(
+        cfg=settled, log=Logger(settled), wsgi=app, serving=True, client_socket=ClientSocket,
+        count_request=lambda: None, room_for_rest=lambda: 1 << 23,
+    )  # fmt: skip
+    listener = socket.create_server(("127.0.0.1", 0))
+    client = socket.create_connection(listener.getsockname())
+    served, address = listener.accept()
+    theirs, ours = channel.pair()
+    end = channel.ProcessEnd(theirs)
+    interrupter: Any = SimpleNamespace(here=threading.get_ident)
+    one = Slot(worker, 0, pages.Cells(1), Watch(1, interrupter, lambda: None))
+
+    def serve(number: int) -> None:
+        client.send(REQUEST)
+        job = channel.Job(number, 1, address, listener.getsockname(), b"", b"", False, 0.0, 1e18)
+        channel.send_job(ours, job, served.fileno())
+        one.take(end)
+        assert client.recv(4096).startswith(b"HTTP/1.1 200"), "the slot has not served it"
+        ours.recv(4096)
+
+    return serve
+
+
+def dispatcher(keep: bool = True) -> Callable[[int], None]:
+    """What has a dispatcher hand out its nth request, and take the connection back."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    listener.setblocking(False)
+    control, process = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    page, nudge = pages.MasterPage(), os.eventfd(0)
+    wishes = Wishes(
+        Rules(1, 1), Serving(), (1,), 30.0, Privileges(os.getuid(), os.getgid(), False), QUIET
+    )
+    page.write(wishes.encode())
+    kept = (page, pages.ReplicaPage(), pages.LoadPage())
+    frame = Frame((listener,), control, *kept, nudge, os.pidfd_open(os.getppid()), os.getppid())
+    one = Dispatcher(frame, wishes, Journal(QUIET))
+    ours, theirs = channel.pair()
+    offer = channel.Register(os.getpid(), 1, 1, False, False)
+    channel.send_register(
+        process, offer, theirs.fileno(), pages.Cells(1).fd, os.pidfd_open(os.getpid())
+    )
+    one.turn()
+    channel.receive(ours)
+    ours.send(channel.FREE)
+    one.turn()
+    client = socket.create_connection(listener.getsockname())
+    one.turn()
+
+    def serve(number: int) -> None:
+        nonlocal client
+        if not keep:
+            client = socket.create_connection(listener.getsockname())
+            one.turn()
+        client.send(REQUEST if keep else CLOSING)
+        data, fds = _until(one.turn, ours)
+        os.read(fds[0], 4096)
+        os.close(fds[0])
+        end = channel.End.KEEP if keep else channel.End.CLOSE
+        request = channel.decode_job(data).request
+        ours.send(channel.Report(channel.Kind.DONE, request, end).encode())
+        one.turn()
+        if not keep:
+            client.close()
+
+    return serve
+
+
+def _until(turn: Callable[[], None], end: socket.socket) -> tuple[bytes, list[int]]:
+    """Let the dispatcher turn until it has sent something."""
+    while True:
+        turn()
+        with suppress(BlockingIOError):
+            return channel.receive_now(end)
+
+
+KINDS: dict[str, Callable[[], Callable[[int], None]]] = {
+    "slot": slot,
+    "dispatcher, kept-alive": dispatcher,
+    "dispatcher, new": lambda: dispatcher(keep=False),
+}
+
+
+def figures() -> dict[str, dict[str, float]]:
+    """CPU per request and, where there is valgrind, thousands of instructions, of each kind."""
+    found = {kind: {"CPU us": float(_run(kind, 2000).stdout)} for kind in KINDS}
+    if shutil.which("valgrind"):
+        for kind in KINDS:
+            found[kind]["thousand instructions"] = count(kind) / 1000
+    return found
+
+
+def count(kind: str) -> float:
+    """Instructions per request, as valgrind counts them."""
+    fewer, more = COUNTED
+    with ThreadPoolExecutor(2) as pool:
+        few, many = pool.map(lambda requests: _counted(kind, requests), COUNTED)
+    return (many - few) / (more - fewer)
+
+
+def _counted(kind: str, requests: int) -> int:
+    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
+    said = _run(kind, requests, *tool).stderr
+    found = re.search(r"Collected : (\d+)", said)
+    assert found, said
+    return int(found[1])
+
+
+def _run(kind: str, requests: int, *before: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        (*before, sys.executable, "-m", "benchmark.alone", kind, str(requests)),
+        cwd=Path(__file__).parents[1],
+        env={**environment(), "PYTHONHASHSEED": "0"},
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def main(kind: str, requests: int) -> None:
+    try:
+        os.pidfd_open(os.getpid())
+    except OSError:  # valgrind does not know it; and it is slow, which must not show
+        os.pidfd_open = lambda *_: os.eventfd(0)
+        calls = itertools.count()
+        time.monotonic = lambda: next(calls) * LOOK
+    serve = KINDS[kind]()
+    for number in range(1, WARM):
+        serve(number)
+    begin = time.process_time()
+    for number in range(WARM, WARM + requests):
+        serve(number)
+    print((time.process_time() - begin) / requests * 1e6)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
