@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import math
+import resource
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -27,6 +28,7 @@ HIGH = 1024  # where descriptors of idle connections begin: select() takes none 
 IDLE_SERVER = ("--keep-alive", "3600")
 PACE = 4000  # requests a second with which a queue is filled
 PROBES = 100
+SPARE = 300  # descriptors for anything but waiting requests
 DEEPEST = 30000  # max_replica_concurrency of the replica with a deep queue
 
 
@@ -39,11 +41,12 @@ def measure(run: Run) -> None:
                     run.part.add(shape(p, t), name, _all_figures(run, server, p * t, number))
     if OURS in run.peers:
         _idle(run)
-        for depth in run.plan.depths:
-            run.progress.say("queue", depth)
+        for wanted in run.plan.depths:
+            depth, cell = _possible(wanted)
+            run.progress.say(cell)
             env = {"REPLICA_MAX_REPLICA_CONCURRENCY": str(DEEPEST)}
             with serving([OURS], P, T, env=env) as servers:
-                run.part.add(f"{depth:,} waiting", OURS, _deep(servers[OURS], depth))
+                run.part.add(cell, OURS, _deep(servers[OURS], depth))
     for name in run.among(CAPPED):
         run.progress.say("memory", name)
         with serving([name], P, T) as servers:
@@ -126,11 +129,24 @@ def _connected(address: Address, count: int) -> Iterator[None]:
 # Queue depth.
 
 
+def _possible(depth: int) -> tuple[int, str]:
+    """How deep a queue can be: a waiting request takes a descriptor, of ours and of theirs."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE
+    if depth <= most:
+        return depth, f"{depth:,} waiting"
+    return most, f"{most:,} waiting (as many as open files allow)"
+
+
 def _deep(server: Server, depth: int) -> dict[str, float]:
     """Keep all slots busy, let so many wait, ask the probes, and let go."""
     filling = depth / PACE
     (dispatcher,) = server.having("dispatcher")
-    with Clients(server.address) as holders, Clients(server.address) as clients:
+    address = server.address  # three, before others take the descriptors that select() can
+    with (
+        Clients(address) as holders,
+        Clients(address, keep=True) as asking,
+        Clients(address) as clients,
+    ):
         now = time.monotonic()
         for _ in range(P * T):
             holders.send(f"/sleep/{filling + 3.0}", now)
@@ -144,7 +160,7 @@ def _deep(server: Server, depth: int) -> dict[str, float]:
             requests.append(clients.send("/", due))
         time.sleep(0.5)
         admitting = _ran(dispatcher) - before
-        figures = {"probe p99 ms": _probe(server.address)}
+        figures = {"probe p99 ms": _probe(asking)}
         before = _ran(dispatcher)
         while clients.outstanding and clients.serve(time.monotonic() + 60):
             pass
@@ -161,9 +177,8 @@ def _deep(server: Server, depth: int) -> dict[str, float]:
     }
 
 
-def _probe(address: Address) -> float:
-    with Clients(address, keep=True) as clients:
-        asked = [burst(clients, 1, "/-/healthz")[0] for _ in range(PROBES)]
+def _probe(clients: Clients) -> float:
+    asked = [burst(clients, 1, "/-/healthz")[0] for _ in range(PROBES)]
     assert all(each.status == 200 for each in asked)
     return percentile([each.took for each in asked], 99) * 1000
 
