@@ -142,9 +142,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         slots = [Slot(self, index, self._cells, self._watch) for index in range(count)]
         self._working = len(slots)
         self._serve(slots)
-        # The dispatcher may dismiss us before the master's signal comes, which would then kill
+        # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
-        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
     # What each mode does in its own way.

@@ -240,35 +240,6 @@ def test_the_load_is_two_of_the_numbers(new):
     assert page.read() == Numbers(1.5, 1, 2, 3, 4, 5, 6, 7)._replace(waiting=40, running=50)
 
 
-NUMBERS_WRITER = """
-import sys
-from replica_plugin.pages import Numbers, ReplicaPage
-page = ReplicaPage(int(sys.argv[1]))
-while True:
-    page.write(Numbers(*[1] * len(Numbers._fields)))
-    page.write_load(1, 1)
-    page.write(Numbers(*[2] * len(Numbers._fields)))
-    page.write_load(2, 2)
-"""
-
-
-def test_a_number_that_is_read_while_another_process_writes_is_the_old_or_the_new(new):
-    page = new(ReplicaPage())
-    page.write(Numbers(*[1] * len(Numbers._fields)))
-    command = [sys.executable, "-c", NUMBERS_WRITER, str(page.fd)]
-    writer = subprocess.Popen(command, pass_fds=[page.fd])
-    try:
-        changes, last = 0, 1
-        while changes < 300:
-            assert writer.poll() is None
-            numbers = page.read()
-            assert set(numbers) <= {1, 2}
-            changes, last = changes + (numbers.beat != last), numbers.beat
-    finally:
-        writer.kill()
-        writer.wait()
-
-
 def test_the_table_is_beside_the_numbers(new):
     page = new(ReplicaPage())
     assert page.read_table() == []
