@@ -7,6 +7,7 @@ import re
 import select
 import threading
 import time
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -44,6 +45,7 @@ class Watcher:
         self._seen: list[tuple[float, Rules]] = []  # when last
         self._roles: dict[int, tuple[str, int]] = {}  # pidfd to role and pid
         self._known: set[int] = {0}
+        self._running: dict[int, set[str]] = defaultdict(set)
         self._poll = select.poll()
         self._ended = threading.Event()
         self.rules = self._read() or Rules()
@@ -71,6 +73,10 @@ class Watcher:
 
         wait_for(shown, f"the master has taken {wanted}")
         self._announced = None
+
+    def busy(self) -> list[int]:
+        """Processes that run something, as far as was seen."""
+        return sorted(pid for pid, numbers in list(self._running.items()) if numbers)
 
     def close(self) -> None:
         self._ended.set()
@@ -112,7 +118,11 @@ class Watcher:
 
     def _on_event(self, line: str) -> None:
         event, number, pid, _, more = line.split(" ", 4)
-        if event == "LOADED":
+        if event == "BEGUN":
+            self._running[int(pid)].add(number)
+        elif event == "ENDED":
+            self._running[int(pid)].discard(number)
+        elif event == "LOADED":
             self._watch("process", int(pid))
         elif event == "FATAL":
             self.causes[int(pid)] = f"{more.strip()} in request {number}"
@@ -135,6 +145,7 @@ class Watcher:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         role, pid = self._roles.pop(pidfd)
+        self._running.pop(pid, None)
         self._ledger.deaths.append(Death(role, pid, time.monotonic(), ""))
 
     def _find_page(self) -> int | None:

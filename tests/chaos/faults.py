@@ -104,9 +104,9 @@ class Scene:
         return self.watcher.rules.cap
 
     def process(self) -> int | None:
-        """Some process: more often than not one that has the app."""
-        ready = [pid for _, _, pid in self.server._page().read_table()]
-        found = ready if ready and self.random.random() < 0.8 else self.server.workers
+        """Some process: more often than not one that is busy."""
+        busy, workers = self.watcher.busy(), self.server.workers
+        found = busy if busy and self.random.random() < 0.8 else workers
         return self.random.choice(found) if found else None
 
     def fire(self) -> None:

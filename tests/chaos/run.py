@@ -72,7 +72,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("thread", "gevent"), default="thread")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=60.0, help="clients a second")
+    parser.add_argument("--rate", type=float, default=50.0, help="clients a second")
     return parser.parse_args(arguments)
 
 
@@ -122,7 +122,7 @@ class ChaosRun:
             env={"CHAOS": str(self._folder), "HOME": str(self._folder)},
         )
         self._watcher = watcher = checks.Watcher(server, self.ledger, self._folder, limits)
-        rate = min(options.rate, 30.0 * cap)
+        rate = min(options.rate, 15.0 * cap)
         crowd = Crowd(self.ledger, server.addresses, net, options.seed, rate)
         return Scene(server, crowd, watcher, self.ledger, config, options.seed)
 
