@@ -244,10 +244,10 @@ async def plain(visit: Visit, action: str = "", argument: str = "") -> None:
         await visit.reply(entry)
 
 
-async def kept(visit: Visit) -> None:
-    """Requests one after another on one connection, with pauses."""
+async def kept(visit: Visit, action: str = "", argument: str = "") -> None:
+    """Requests one after another on one connection, with pauses; the first of them this one."""
     for n in range(visit.random.randint(2, 6)):
-        entry = visit.open()
+        entry = visit.open() if n else visit.open(action, argument)
         if n == 0 and not await visit.connect(entry):
             return
         await visit.send(entry, visit.head(entry))

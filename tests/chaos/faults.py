@@ -110,9 +110,10 @@ class Scene:
         return self.random.choice(found) if found else None
 
     def fire(self) -> None:
-        """Have all slots busy, and some requests wait."""
+        """Have all slots busy, some with connections that go on, and some requests wait."""
         count = self.cap + self.random.randint(1, 6)
         self.ledger.tell(f"fire: {count}")
+        self.crowd.send(clients.kept, (self.cap + 1) // 2, "nap", "700")
         self.crowd.send(clients.plain, count, "nap", "400")
         time.sleep(0.05 + self.random.random() * 0.2)
 
