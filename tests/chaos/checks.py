@@ -17,7 +17,7 @@ from server import Server, all_pids, environ_of, wait_for
 from chaos.app import Limits
 from chaos.ledger import Death, Ledger
 from replica_plugin.decisions import Rules
-from replica_plugin.pages import MasterPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.rules import decode_wishes
 
 GLANCE = 0.02  # seconds between two looks of the watcher
@@ -39,7 +39,8 @@ class Watcher:
         self._ledger = ledger
         self._events = open(folder / "events")
         self._limits = limits
-        self._page = MasterPage(wait_for(self._find_page, "the master's page"))
+        self._page = MasterPage(self._open_page("replica-master"))
+        self._replica_page = ReplicaPage(self._open_page("replica-numbers"))
         self._publishing = threading.Lock()
         self._announced: Rules | None = None
         self._seen: list[tuple[float, Rules]] = []  # when last
@@ -102,11 +103,10 @@ class Watcher:
     def _look(self) -> None:
         for line in self._events.readlines():
             self._on_event(line)
-        with suppress(OSError, AssertionError):
-            living = self._server._page().find_living()
-            if living is not None:
-                os.close(living[1])
-                self._watch("dispatcher", living[0])
+        living = self._replica_page.find_living()
+        if living is not None:
+            os.close(living[1])
+            self._watch("dispatcher", living[0])
         rules = self._read()
         if rules is not None:
             self._watch("supervisor", self._supervisor)
@@ -148,12 +148,17 @@ class Watcher:
         self._running.pop(pid, None)
         self._ledger.deaths.append(Death(role, pid, time.monotonic(), ""))
 
-    def _find_page(self) -> int | None:
-        for link in Path(f"/proc/{self._server.process.pid}/fd").iterdir():
-            with suppress(OSError):
-                if "memfd:replica-master" in os.readlink(link):
-                    return os.open(link, os.O_RDWR)
-        return None
+    def _open_page(self, name: str) -> int:
+        """One of the pages that the master holds."""
+
+        def found() -> int | None:
+            for link in Path(f"/proc/{self._server.process.pid}/fd").iterdir():
+                with suppress(OSError):
+                    if f"memfd:{name}" in os.readlink(link):
+                        return os.open(link, os.O_RDWR)
+            return None
+
+        return int(wait_for(found, f"the page {name}"))
 
     def _read(self) -> Rules | None:
         state = self._page.read()

@@ -77,7 +77,7 @@ class Scene:
         """HUP to these settings; until the master has taken them."""
         self.config = config
         self.server.write_config(config)
-        self.ledger.tell(f"settings: {_changed(self.first, config)}")
+        self.ledger.tell(f"settings: {_numbers(config)}")
         rules = Rules(
             config["processes_per_replica"],
             config["threads_per_process"],
@@ -168,6 +168,7 @@ def pause_dispatcher(scene: Scene) -> None:
     scene.signal(pid, signal.SIGSTOP, "dispatcher")
     time.sleep(scene.random.random())
     scene.signal(pid, signal.SIGCONT, "dispatcher")
+    scene.watcher.causes.pop(pid)  # it has to bear that
 
 
 def kill_supervisor(scene: Scene) -> None:
@@ -346,6 +347,6 @@ MIX: dict[Fault, int] = {
 """How often each comes."""
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _numbers(config: dict[str, Any]) -> str:
     names = ("mode", "processes_per_replica", "threads_per_process", "max_replica_concurrency")
-    return ", ".join(str(after[name]) for name in names)
+    return ", ".join(str(config[name]) for name in names)

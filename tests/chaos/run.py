@@ -36,14 +36,11 @@ def main(arguments: list[str]) -> int:
     if not network.has_moved():
         obstacle = network.obstacle()
         if not obstacle:
-            network.move(
-                [sys.executable, str(Path(__file__).parent), *arguments, f"--seed={options.seed}"]
-            )
+            suite = str(Path(__file__).parent)
+            network.move([sys.executable, suite, *arguments, f"--seed={options.seed}"])
         print(f"No connections are cut, since there is no network of our own: {obstacle}")
-    command = (
-        f"python tests/chaos --minutes {options.minutes:g} --seed {options.seed} "
-        f"--mode {options.mode} --processes {options.processes} --threads {options.threads}"
-    )
+    chosen = (f"--{name} {value}" for name, value in vars(options).items())
+    command = " ".join(["python tests/chaos", *chosen])
     print(command, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     run = ChaosRun(options, folder)
@@ -51,7 +48,7 @@ def main(arguments: list[str]) -> int:
         problems = run.play()
     except BaseException:
         run.kill()
-        print(f"Its log and what its app noted: {folder}")
+        print(f"The log, and what the app noted: {folder}\nAgain: {command}")
         raise
     for problem in problems[:SHOWN]:
         print(f"\nPROBLEM {problem}")
