@@ -7,6 +7,7 @@ import re
 import select
 import threading
 import time
+from collections import defaultdict
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from server import Server, all_pids, environ_of, wait_for
 from chaos.app import Limits
 from chaos.ledger import Death, Ledger
 from replica_plugin.decisions import Rules
-from replica_plugin.pages import MasterPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.rules import decode_wishes
 
 GLANCE = 0.02  # seconds between two looks of the watcher
@@ -38,12 +39,14 @@ class Watcher:
         self._ledger = ledger
         self._events = open(folder / "events")
         self._limits = limits
-        self._page = MasterPage(wait_for(self._find_page, "the master's page"))
+        self._page = MasterPage(self._open_page("replica-master"))
+        self._replica_page = ReplicaPage(self._open_page("replica-numbers"))
         self._publishing = threading.Lock()
         self._announced: Rules | None = None
         self._seen: list[tuple[float, Rules]] = []  # when last
         self._roles: dict[int, tuple[str, int]] = {}  # pidfd to role and pid
         self._known: set[int] = {0}
+        self._running: dict[int, set[str]] = defaultdict(set)
         self._poll = select.poll()
         self._ended = threading.Event()
         self.rules = self._read() or Rules()
@@ -72,6 +75,10 @@ class Watcher:
         wait_for(shown, f"the master has taken {wanted}")
         self._announced = None
 
+    def busy(self) -> list[int]:
+        """Processes that run something, as far as was seen."""
+        return sorted(pid for pid, numbers in list(self._running.items()) if numbers)
+
     def close(self) -> None:
         self._ended.set()
         self._thread.join()
@@ -96,11 +103,10 @@ class Watcher:
     def _look(self) -> None:
         for line in self._events.readlines():
             self._on_event(line)
-        with suppress(OSError, AssertionError):
-            living = self._server._page().find_living()
-            if living is not None:
-                os.close(living[1])
-                self._watch("dispatcher", living[0])
+        living = self._replica_page.find_living()
+        if living is not None:
+            os.close(living[1])
+            self._watch("dispatcher", living[0])
         rules = self._read()
         if rules is not None:
             self._watch("supervisor", self._supervisor)
@@ -112,7 +118,11 @@ class Watcher:
 
     def _on_event(self, line: str) -> None:
         event, number, pid, _, more = line.split(" ", 4)
-        if event == "LOADED":
+        if event == "BEGUN":
+            self._running[int(pid)].add(number)
+        elif event == "ENDED":
+            self._running[int(pid)].discard(number)
+        elif event == "LOADED":
             self._watch("process", int(pid))
         elif event == "FATAL":
             self.causes[int(pid)] = f"{more.strip()} in request {number}"
@@ -135,14 +145,20 @@ class Watcher:
         self._poll.unregister(pidfd)
         os.close(pidfd)
         role, pid = self._roles.pop(pidfd)
+        self._running.pop(pid, None)
         self._ledger.deaths.append(Death(role, pid, time.monotonic(), ""))
 
-    def _find_page(self) -> int | None:
-        for link in Path(f"/proc/{self._server.process.pid}/fd").iterdir():
-            with suppress(OSError):
-                if "memfd:replica-master" in os.readlink(link):
-                    return os.open(link, os.O_RDWR)
-        return None
+    def _open_page(self, name: str) -> int:
+        """One of the pages that the master holds."""
+
+        def found() -> int | None:
+            for link in Path(f"/proc/{self._server.process.pid}/fd").iterdir():
+                with suppress(OSError):
+                    if f"memfd:{name}" in os.readlink(link):
+                        return os.open(link, os.O_RDWR)
+            return None
+
+        return int(wait_for(found, f"the page {name}"))
 
     def _read(self) -> Rules | None:
         state = self._page.read()

@@ -244,10 +244,10 @@ async def plain(visit: Visit, action: str = "", argument: str = "") -> None:
         await visit.reply(entry)
 
 
-async def kept(visit: Visit) -> None:
-    """Requests one after another on one connection, with pauses."""
+async def kept(visit: Visit, action: str = "", argument: str = "") -> None:
+    """Requests one after another on one connection, with pauses; the first of them this one."""
     for n in range(visit.random.randint(2, 6)):
-        entry = visit.open()
+        entry = visit.open() if n else visit.open(action, argument)
         if n == 0 and not await visit.connect(entry):
             return
         await visit.send(entry, visit.head(entry))
@@ -322,7 +322,7 @@ async def pausing_body(visit: Visit) -> None:
 
 async def stalling_body(visit: Visit) -> None:
     """Half a body, and no more. With one above request_buffer the app waits for the rest."""
-    body = visit.random.randbytes(visit.random.choice((2000, 150_000)))
+    body = visit.random.randbytes(visit.random.choice((2000, 2000, 2000, 150_000)))
     entry = visit.open("", "", "slow body", sent=body)
     if await visit.connect(entry):
         head = visit.head(entry, CLOSE, f"Content-Length: {len(body)}")
@@ -354,8 +354,12 @@ async def slow_reader(visit: Visit) -> None:
 
 
 async def never_reader(visit: Visit) -> None:
-    """A large answer of which nothing is taken for longer than send_timeout; then what is there."""
-    entry = visit.open(visit.random.choice(("large", "stream")), "5000", "takes nothing")
+    """A large answer of which nothing is taken for longer than send_timeout; then what is there.
+
+    Some of them hold a slot for so long: those beyond response_buffer, and those streamed.
+    """
+    choices = [("large", "900")] * 4 + [("large", "5000"), ("stream", "5000")]
+    entry = visit.open(*visit.random.choice(choices), "takes nothing")
     if await visit.connect(entry, buffer=1 << 14):
         await visit.send(entry, visit.head(entry, CLOSE))
         await asyncio.sleep(3 * visit.crowd.ledger.times.send)
@@ -480,10 +484,10 @@ MIX: dict[Client, int] = {
     dribbling: 3,
     stalling_head: 2,
     pausing_body: 3,
-    stalling_body: 2,
+    stalling_body: 1,
     silent: 2,
     slow_reader: 1,
-    never_reader: 2,
+    never_reader: 1,
     leaving: 6,
     lingering: 2,
     half_closing: 3,

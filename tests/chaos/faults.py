@@ -77,7 +77,7 @@ class Scene:
         """HUP to these settings; until the master has taken them."""
         self.config = config
         self.server.write_config(config)
-        self.ledger.tell(f"settings: {_changed(self.first, config)}")
+        self.ledger.tell(f"settings: {_numbers(config)}")
         rules = Rules(
             config["processes_per_replica"],
             config["threads_per_process"],
@@ -104,15 +104,16 @@ class Scene:
         return self.watcher.rules.cap
 
     def process(self) -> int | None:
-        """Some process: more often than not one that has the app."""
-        ready = [pid for _, _, pid in self.server._page().read_table()]
-        found = ready if ready and self.random.random() < 0.8 else self.server.workers
+        """Some process: more often than not one that is busy."""
+        busy, workers = self.watcher.busy(), self.server.workers
+        found = busy if busy and self.random.random() < 0.8 else workers
         return self.random.choice(found) if found else None
 
     def fire(self) -> None:
-        """Have all slots busy, and some requests wait."""
+        """Have all slots busy, some with connections that go on, and some requests wait."""
         count = self.cap + self.random.randint(1, 6)
         self.ledger.tell(f"fire: {count}")
+        self.crowd.send(clients.kept, (self.cap + 1) // 2, "nap", "700")
         self.crowd.send(clients.plain, count, "nap", "400")
         time.sleep(0.05 + self.random.random() * 0.2)
 
@@ -167,6 +168,7 @@ def pause_dispatcher(scene: Scene) -> None:
     scene.signal(pid, signal.SIGSTOP, "dispatcher")
     time.sleep(scene.random.random())
     scene.signal(pid, signal.SIGCONT, "dispatcher")
+    scene.watcher.causes.pop(pid)  # it has to bear that
 
 
 def kill_supervisor(scene: Scene) -> None:
@@ -345,6 +347,6 @@ MIX: dict[Fault, int] = {
 """How often each comes."""
 
 
-def _changed(before: dict[str, Any], after: dict[str, Any]) -> str:
+def _numbers(config: dict[str, Any]) -> str:
     names = ("mode", "processes_per_replica", "threads_per_process", "max_replica_concurrency")
-    return ", ".join(str(after[name]) for name in names)
+    return ", ".join(str(config[name]) for name in names)

@@ -36,14 +36,11 @@ def main(arguments: list[str]) -> int:
     if not network.has_moved():
         obstacle = network.obstacle()
         if not obstacle:
-            network.move(
-                [sys.executable, str(Path(__file__).parent), *arguments, f"--seed={options.seed}"]
-            )
+            suite = str(Path(__file__).parent)
+            network.move([sys.executable, suite, *arguments, f"--seed={options.seed}"])
         print(f"No connections are cut, since there is no network of our own: {obstacle}")
-    command = (
-        f"python tests/chaos --minutes {options.minutes:g} --seed {options.seed} "
-        f"--mode {options.mode} --processes {options.processes} --threads {options.threads}"
-    )
+    chosen = (f"--{name} {value}" for name, value in vars(options).items())
+    command = " ".join(["python tests/chaos", *chosen])
     print(command, flush=True)
     folder = Path(tempfile.mkdtemp(prefix="chaos-"))
     run = ChaosRun(options, folder)
@@ -51,7 +48,7 @@ def main(arguments: list[str]) -> int:
         problems = run.play()
     except BaseException:
         run.kill()
-        print(f"Its log and what its app noted: {folder}")
+        print(f"The log, and what the app noted: {folder}\nAgain: {command}")
         raise
     for problem in problems[:SHOWN]:
         print(f"\nPROBLEM {problem}")
@@ -72,7 +69,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--mode", choices=("thread", "gevent"), default="thread")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rate", type=float, default=60.0, help="clients a second")
+    parser.add_argument("--rate", type=float, default=50.0, help="clients a second")
     return parser.parse_args(arguments)
 
 
@@ -122,7 +119,7 @@ class ChaosRun:
             env={"CHAOS": str(self._folder), "HOME": str(self._folder)},
         )
         self._watcher = watcher = checks.Watcher(server, self.ledger, self._folder, limits)
-        rate = min(options.rate, 30.0 * cap)
+        rate = min(options.rate, 15.0 * cap)
         crowd = Crowd(self.ledger, server.addresses, net, options.seed, rate)
         return Scene(server, crowd, watcher, self.ledger, config, options.seed)
 
