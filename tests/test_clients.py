@@ -71,3 +71,15 @@ def test_an_idle_connection_is_closed_when_keepalive_ends(idle):
     assert idle.conn.state is State.ARRIVING
     idle.clients.tick(2.0)
     assert idle.conn.state is State.CLOSED
+
+
+def test_a_long_head_that_dribbles_is_looked_at_less_often_than_a_short_one(idle):
+    idle.client.sendall(b"GET / HTTP/1.1\r\nA: " + b"a" * 60_000)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    seen = [idle.conn.arrived]
+    idle.client.sendall(b"a")
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.001)
+    for now in (0.025, 0.05, 0.08):
+        idle.clients.tick(now)
+        seen.append(idle.conn.arrived - seen[0])
+    assert seen[1:] == [0, 0, 1]
