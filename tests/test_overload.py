@@ -140,7 +140,7 @@ def test_a_job_for_which_the_kernel_has_no_room_goes_back_and_is_sent_when_there
     assert not processes.send(1, job, 0)
     channel.error = 0
     for fd, mask in epoll.poll(PATIENCE):
-        processes.on_event(fd, mask, 1.0)
+        processes.on_channel(processes.by_channel[fd], mask, 1.0)
     assert office.sendable == [1]
     assert processes.send(1, job, 0)
     assert theirs.recv(1 << 16)
