@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from benchmark import alone, page, waiting
+from benchmark import alone, overhead, page, waiting
 from benchmark.ideal import poisson, services, sojourns
 from benchmark.numbers import percentile, short, spread, with_spread
 from benchmark.record import Record
@@ -137,6 +137,19 @@ def test_a_wait_reaches_its_target_within_the_spread_of_uwsgis(record, ours, ver
 
 def test_of_an_empty_record_no_target_is_measured(record):
     assert {each.verdict for each in targets(record)} == {"not measured"}
+
+
+def test_a_comparison_with_a_peer_that_was_left_out_is_not_measured(record):
+    part = record.begin("overhead", "quick")
+    for p, t in overhead.SHAPES:
+        for keep in (True, False):
+            figures = {"requests/s": 13.0, "CPU us": 1.0}
+            part.add(overhead.cell(p, t, keep), "ours", figures)
+            part.add(overhead.cell(p, t, keep), "gthread", {**figures, "requests/s": 10.0})
+    part.save()
+    found = {each.text: each.figure for each in targets(record) if "beside" in each.text}
+    assert found["requests/s beside gthread's, in the worst cell: at least 1"] == "1.30"
+    assert found["aim: requests/s beside uWSGI's, in the median of the cells: 1"] == ""
 
 
 def test_a_part_that_is_measured_again_replaces_itself_and_no_other(record, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import truediv
 from statistics import median
 
 from . import fault, growth, overhead, overload, waiting
@@ -75,13 +76,9 @@ def ratios(
     """For each cell, the median of the ratios of each round: of one peer to another."""
     found = []
     for cell in cells:
-        pairs = zip(
-            record.values(part, cell, one, figure),
-            record.values(part, cell, other, figure),
-            strict=True,
-        )
-        if each := [above / below for above, below in pairs]:
-            found.append(median(each))
+        above, below = (record.values(part, cell, each, figure) for each in (one, other))
+        if above and below:
+            found.append(median(map(truediv, above, below)))
     return found
 
 
