@@ -20,6 +20,7 @@ from .rules import Serving
 
 GLANCE = 0.02  # seconds between two looks at a request that dribbles in
 SLOWER = 1 << 18  # bytes at which looks, whose cost grows with what lies there, come half as often
+SLOWER_HEAD = 1 << 15  # and so many of a head, which is searched from its beginning each time
 QUIET = 0.1  # seconds of silence after which a client may be stuck on a full buffer
 SHED = 64  # idle connections that are closed at a time when there are too many
 
@@ -149,8 +150,12 @@ class Arriving:
             self._on_idle(conn, now)
 
     def _on_glance(self, conn: Connection, now: float) -> None:
-        if conn.state is State.ARRIVING:
+        if conn.state is not State.ARRIVING:
+            return
+        if now - conn.looked_at >= _pause(conn):
             self.look(conn, now)
+        else:
+            self._glances.start(conn, now)
 
     def _on_quiet(self, conn: Connection, now: float) -> None:
         """A client is silent, perhaps because nobody takes what it has sent."""
@@ -193,6 +198,8 @@ class Arriving:
 
 def _pause(conn: Connection) -> float:
     """Seconds between two looks: so long that looking stays cheap, however much lies there."""
-    if not conn.arrived or (conn.mark and conn.chunks is None):
+    if conn.head is None:
+        return GLANCE * (1 + conn.arrived / SLOWER_HEAD) if conn.arrived else 0.0
+    if conn.mark and conn.chunks is None:
         return 0.0
     return GLANCE * (1 + conn.arrived / SLOWER)

@@ -38,6 +38,7 @@ from .rules import Serving
 
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 _LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+HEAD_KEPT = 1 << 14  # bytes of a waiting request's head: for an answer, and the log
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
@@ -137,7 +138,16 @@ class Clients:
             if conn.hung_up:
                 self._leave_queue(conn)
             else:
+                self._shorten_head(conn)
                 self.watch(conn)
+
+    def _shorten_head(self, conn: Connection) -> None:
+        """Keep little of a long one, lest all that wait together take what memory there is.
+
+        The request then does not surely end with what is kept: an answer ends the connection.
+        """
+        if conn.head is not None and len(conn.head.text) > HEAD_KEPT:
+            conn.head = conn.head._replace(text=conn.head.text[:HEAD_KEPT])
 
     # Into a slot's hands and back.
 

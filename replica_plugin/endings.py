@@ -60,6 +60,7 @@ class Endings:
     def linger(self, conn: Connection, now: float) -> None:
         """End the connection without a reset."""
         conn.state = State.LINGERING
+        conn.head = None  # which may be long, and nobody asks for it any more
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:

@@ -135,8 +135,11 @@ def _parse(text: bytes, size: int) -> Head:
         lengths, framed = _LENGTH.findall(lower), True
         length = int(lengths[0].lstrip(b"0")[:18] or 0) if len(lengths) == 1 else 0
     if b"\ntransfer-encoding" in lower:
-        chunked = not framed and version > b"1.0" and _is_chunked(lower)
-        length, framed = 0, True
+        framed = True
+    if b"\ntransfer-encoding:" in lower:
+        alone = b"\ncontent-length:" not in lower
+        chunked = alone and version > b"1.0" and _is_chunked(lower)
+        length = 0
     return Head(
         size,
         text,

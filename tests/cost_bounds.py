@@ -7,17 +7,17 @@ from __future__ import annotations
 
 SYSTEM_CALLS = {
     # (mode, threads_per_process, connections): (process, dispatcher)
-    ("thread", 1, "kept-alive"): (6, 4),
-    ("thread", 1, "new"): (6, 12),
-    ("thread", 2, "kept-alive"): (6, 4),
-    ("thread", 2, "new"): (6, 12),
-    ("gevent", 2, "kept-alive"): (7, 4),
-    ("gevent", 2, "new"): (7, 12),
+    ("thread", 1, "kept-alive"): (6, 3),
+    ("thread", 1, "new"): (6, 11),
+    ("thread", 2, "kept-alive"): (6, 3),
+    ("thread", 2, "new"): (6, 11),
+    ("gevent", 2, "kept-alive"): (7, 3),
+    ("gevent", 2, "new"): (7, 11),
 }
 
 INSTRUCTIONS = {
     # thousands, with Python 3.11 and gunicorn 27.0
-    "slot": 430,
-    "dispatcher, kept-alive": 228,
-    "dispatcher, new": 391,
+    "slot": 417,
+    "dispatcher, kept-alive": 231,
+    "dispatcher, new": 388,
 }

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from benchmark import page, waiting
+from benchmark import alone, page, waiting
 from benchmark.ideal import poisson, services, sojourns
 from benchmark.numbers import percentile, short, spread, with_spread
 from benchmark.record import Record
@@ -99,6 +99,13 @@ def test_a_figure_of_several_rounds_is_their_median_with_the_extremes():
     assert with_spread([3.0, 1.0, 2.0]) == "2 (1 to 3)"
     assert with_spread([2.0, 2.0]) == "2"
     assert spread([3.0, 1.0, 2.0]) == 1.0
+
+
+@pytest.mark.parametrize("kind", alone.KINDS)
+def test_what_is_measured_alone_serves_a_request(kind):
+    serve = alone.KINDS[kind]()
+    for number in (1, 2, 3):
+        serve(number)
 
 
 # The record, and what is made of it.

@@ -8,8 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from replica_plugin.answers import Answer
 from replica_plugin.channel import Adopt
-from replica_plugin.clients import Clients
+from replica_plugin.clients import HEAD_KEPT, Clients
 from replica_plugin.connection import Connection, State
 from replica_plugin.rules import Serving
 
@@ -25,6 +26,9 @@ class Judge:
 
     def on_ready(self, conn: Connection, now: float) -> None:
         self.ready.append(conn)
+
+    def on_answered(self, conn: Connection, answer: Answer, now: float) -> None:
+        pass
 
 
 class Idle:
@@ -66,8 +70,31 @@ def test_a_request_that_came_unseen_before_the_last_call_of_a_stop_is_served(idl
     assert idle.judge.ready == [idle.conn]
 
 
+def test_of_a_long_head_a_waiting_request_keeps_a_part_and_its_answer_ends_the_connection(idle):
+    head = b"GET / HTTP/1.1\r\n" + b"A: a\r\n" * 8000 + b"\r\n"
+    idle.client.sendall(head)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    assert idle.judge.ready == [idle.conn]
+    assert (idle.conn.head.size, len(idle.conn.head.text)) == (len(head), HEAD_KEPT)
+    idle.clients.answer(idle.conn, Answer(503, "full"), 0.0)
+    assert idle.conn.state is State.LINGERING
+    assert b"Connection: close" in idle.client.recv(1 << 16)
+
+
 def test_an_idle_connection_is_closed_when_keepalive_ends(idle):
     idle.clients.tick(1.9)
     assert idle.conn.state is State.ARRIVING
     idle.clients.tick(2.0)
     assert idle.conn.state is State.CLOSED
+
+
+def test_a_long_head_that_dribbles_is_looked_at_less_often_than_a_short_one(idle):
+    idle.client.sendall(b"GET / HTTP/1.1\r\nA: " + b"a" * 60_000)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    seen = [idle.conn.arrived]
+    idle.client.sendall(b"a")
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.001)
+    for now in (0.025, 0.05, 0.08):
+        idle.clients.tick(now)
+        seen.append(idle.conn.arrived - seen[0])
+    assert seen[1:] == [0, 0, 1]

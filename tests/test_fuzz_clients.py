@@ -36,7 +36,7 @@ from replica_plugin.answers import Answer, probe
 from replica_plugin.channel import Job
 from replica_plugin.client_socket import ClientSocket
 from replica_plugin.clients import Clients
-from replica_plugin.connection import Connection, State
+from replica_plugin.connection import Connection, State, timeval
 from replica_plugin.exchange import Exchange, Settled
 from replica_plugin.head import Head, Limits
 from replica_plugin.overdue import Watch
@@ -184,7 +184,7 @@ class Dispatcher:
             self._without_a_slot()
             self.clients.answer(conn, FULL, self._now)
             return
-        conn.limit_waits(0.002, 1.0)
+        conn.limit_waits(timeval(0.002), timeval(1.0))
         self.clients.lend(conn)
         before = len(self.slot.asked)
         report = self.slot.work(conn)

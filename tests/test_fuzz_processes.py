@@ -104,11 +104,8 @@ class Replica:
     def turn(self, later: float = 0.0) -> None:
         """What the dispatcher's loop does, without a wait."""
         dispatcher, now = self.dispatcher, time.monotonic() + later
-        events = dispatcher._epoll.poll(0)
-        dispatcher._processes.watch(now)
-        dispatcher._on_events(events, now)
-        dispatcher._tick(True, now)
-        self._pages[1].write(dispatcher._numbers(now))
+        dispatcher._on_events(dispatcher._epoll.poll(0), now)
+        dispatcher._tick(now)
         assert 0 <= dispatcher._decisions.running <= WISHES.rules.cap
 
     def end(self) -> None:

@@ -205,6 +205,21 @@ def test_an_absurd_length_is_a_large_number():
 
 
 @pytest.mark.parametrize(
+    ("headers", "length", "chunked"),
+    [
+        (b"Content-Length: 12\r\nTransfer-Encoding-X: 1\r\n", 12, False),
+        (b"Content-Length-X: 1\r\nTransfer-Encoding: chunked\r\n", 0, True),
+        (b"Content-Length-X: 1\r\nTransfer-Encoding-X: 1\r\n", 0, False),
+    ],
+)
+def test_a_field_whose_name_only_begins_like_one_for_a_body_says_nothing_of_it(
+    headers, length, chunked
+):
+    head = seen(b"POST / HTTP/1.1\r\n" + headers + b"\r\n")
+    assert (head.length, head.chunked, head.ends_request) == (length, chunked, False)
+
+
+@pytest.mark.parametrize(
     ("version", "value", "chunked"),
     [
         (b"1.1", b"chunked", True),

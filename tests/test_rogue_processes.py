@@ -301,7 +301,7 @@ def test_a_process_that_never_stops_talking_leaves_others_their_turns(control):
     (link,) = control.processes.links.values()
     assert control.epoll.poll(PATIENCE)
     told = len(control.office.told)
-    control.processes.on_event(link.channel.fileno(), select.EPOLLIN, 0.0)
+    control.processes.on_channel(link, select.EPOLLIN, 0.0)
     assert 0 < len(control.office.told) - told <= TURN
 
 

@@ -7,7 +7,7 @@ import os
 import signal
 
 import pytest
-from server import BOTH, IN_BOTH_MODES, Load, Pending, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, STOCK, Load, Pending, Server, wait_for
 from stage import Stage
 
 pytestmark = IN_BOTH_MODES
@@ -48,6 +48,19 @@ def test_term_answers_what_runs_what_waits_and_what_has_begun_to_come(start, sta
     assert [client.reply().status for client in [*clients, half]] == [200] * 11
     assert server.stop() == 0
     assert not os.path.exists(server.addresses[1])
+
+
+def test_stock_gunicorn_resets_a_request_that_has_begun_to_come(start, stage):
+    """The control: gthread, whatever the mode."""
+    server = start("--threads", "2", "--graceful-timeout", "1", base=STOCK)
+    held = [server.connect().ask("/hold/x") for _ in range(2)]
+    actors = stage.take(2)
+    half = server.connect().send("GET /hello HTTP/1.1\r\nHo")
+    server.tell(signal.SIGTERM)
+    assert half.is_closed()
+    for client, actor in zip(held, actors):
+        assert actor.vanished()
+        client.close()
 
 
 def test_term_ends_idle_and_silent_connections(start, which):

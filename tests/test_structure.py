@@ -56,8 +56,9 @@ def test_gunicorn_is_touched_in_few_files():
     assert {module for module in MODULES if "gunicorn" in imports(module)} == KNOW_GUNICORN
 
 
-def test_gevent_is_imported_in_one_file():
-    assert {module for module in MODULES if "gevent" in imports(module)} == {"gevent_worker"}
+def test_gevent_is_imported_by_gevent_mode_only():
+    assert {m for m in MODULES if "gevent" in imports(m)} == {"gevent_worker", "green"}
+    assert {m for m in MODULES if "green" in imports(m)} == {"gevent_worker"}
 
 
 def test_the_dispatcher_imports_nothing_that_runs_user_code_or_reads_configuration():

@@ -5,10 +5,13 @@ from __future__ import annotations
 import http.client
 import re
 import signal
+import time
 
 import pytest
-from server import IN_BOTH_MODES, Load, Server, wait_for
-from stage import Stage
+from server import IN_BOTH_MODES, STOCK, Load, Server, wait_for
+from stage import PATIENCE, Stage
+
+from replica_plugin import overtime
 
 LIMIT = 0.5
 SHORT_GRACE = """\
@@ -28,11 +31,13 @@ def stage(start) -> Stage:
 def serve(start):
     """A server with a short request_timeout; and with a short grace, if it is to end anything."""
 
-    def serve(threads: int, processes: int = 1, grace: bool = False, *arguments: str) -> Server:
+    def serve(
+        threads: int, processes: int = 1, grace: bool = False, *arguments: str, limit: float = LIMIT
+    ) -> Server:
         config = {
             "processes_per_replica": processes,
             "threads_per_process": threads,
-            "request_timeout": LIMIT,
+            "request_timeout": limit,
         }
         base = ("-c", "short.py") if grace else ("-c", "python:replica_plugin.conf")
         files = {"short.py": SHORT_GRACE} if grace else None
@@ -159,6 +164,52 @@ def test_code_that_keeps_the_gil_costs_its_process_and_what_waits_goes_on(serve,
     server.wait_log(f"Process {pid} does not answer, and has a stuck request: killing it.")
     assert re.search(r'stuck_app.py", line \d+ in grip', server.log)
     assert re.findall(r'"GET /grip/x HTTP/1.1" (\d+)', server.log) == ["504"]
+
+
+@IN_BOTH_MODES
+def test_beside_one_that_keeps_the_gil_what_is_not_overdue_is_lost_with_the_process(serve, stage):
+    """Its process is killed a second after the stuck one is overdue, and it a second later."""
+    server = serve(2, 1, True, limit=3.0)
+    began = time.monotonic()
+    stuck = server.later("/grip/x")
+    gripping = stage.next()
+    wait_for(lambda: time.monotonic() > began + 2.0, "two seconds")
+    beside = server.later("/hold/y")
+    other = stage.next()
+    assert other.name == "y"
+    gripping.finish()
+    assert (stuck.result().status, beside.result().status) == (504, 502)
+    assert beside.result().body == b"The process that was working on this request died.\n"
+    assert server.get("/count").json["pid"] != gripping.pid
+
+
+@pytest.mark.slow
+def test_processes_are_replaced_for_stuck_requests_no_more_often_than_they_may(serve, stage):
+    """With one process it is one in CALM seconds: a deploy in which all get stuck cannot thrash."""
+    server = serve(1, 1, True)
+    killed = []
+    for name in "xy":
+        stuck = server.later(f"/swallow/{name}")
+        pid = let(stage, name)
+        assert stuck.result().status == 504
+        goes_on = stage.next()
+        assert goes_on.name == f"{name}-swallowed"
+        wait_for(lambda: pid not in server.workers, "its end", timeout=overtime.CALM + PATIENCE)
+        killed.append(time.monotonic())
+        server.wait_numbers(processes=1)
+    assert killed[1] - killed[0] > overtime.CALM - 5
+    assert server.get("/count").status == 200
+
+
+def test_stock_gunicorn_does_not_notice_a_stuck_thread(start, stage):
+    """The control: gthread's `timeout` watches over the process, which goes on."""
+    options = ("--threads", "2", "--timeout", "1")
+    server = start(*options, base=STOCK, app="stuck_app:application", ready=False)
+    stuck = server.later("/sleep/3")
+    pid = let(stage, "sleep")
+    assert stuck.result().status == 200
+    assert server.get("/count").json["pid"] == pid
+    assert "TIMEOUT" not in server.log
 
 
 @IN_BOTH_MODES

@@ -26,7 +26,7 @@ from typing import Any
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 
-from replica_plugin import channel, pages
+from replica_plugin import channel, pages, processes
 from replica_plugin.client_socket import ClientSocket
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
@@ -44,6 +44,7 @@ CLOSING = REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 WARM = 50
 LOOK = 20e-6  # seconds that pass under valgrind, whenever somebody looks at the clock
 COUNTED = (50, 250)  # requests of the two runs of which the difference is counted
+TURNS = 10  # in which the dispatcher must have done what it is to do
 QUIET = {"loglevel": "error"}
 
 
@@ -80,22 +81,22 @@ def dispatcher(keep: bool = True) -> Callable[[int], None]:
     """What has a dispatcher hand out its nth request, and take the connection back."""
     listener = socket.create_server(("127.0.0.1", 0))
     listener.setblocking(False)
-    control, process = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    control, process = channel.control_pair()
     page, nudge = pages.MasterPage(), os.eventfd(0)
     wishes = Wishes(
-        Rules(1, 1), Serving(), (1,), 30.0, Privileges(os.getuid(), os.getgid(), False), QUIET
-    )
+        rules=Rules(), serving=Serving(), live=(1,), most_threads=1, graceful_timeout=30.0,
+        privileges=Privileges(os.getuid(), os.getgid(), False), logging=QUIET,
+    )  # fmt: skip
     page.write(wishes.encode())
     kept = (page, pages.ReplicaPage(), pages.LoadPage())
     frame = Frame((listener,), control, *kept, nudge, os.pidfd_open(os.getppid()), os.getppid())
     one = Dispatcher(frame, wishes, Journal(QUIET))
     ours, theirs = channel.pair()
-    offer = channel.Register(os.getpid(), 1, 1, False, False)
+    offer = channel.Register(age=1, slots=1, again=False, leaving=False)
     channel.send_register(
         process, offer, theirs.fileno(), pages.Cells(1).fd, os.pidfd_open(os.getpid())
     )
-    one.turn()
-    channel.receive(ours)
+    _until(one.turn, ours)
     ours.send(channel.FREE)
     one.turn()
     client = socket.create_connection(listener.getsockname())
@@ -122,10 +123,11 @@ def dispatcher(keep: bool = True) -> Callable[[int], None]:
 
 def _until(turn: Callable[[], None], end: socket.socket) -> tuple[bytes, list[int]]:
     """Let the dispatcher turn until it has sent something."""
-    while True:
+    for _ in range(TURNS):
         turn()
         with suppress(BlockingIOError):
             return channel.receive_now(end)
+    raise AssertionError("the dispatcher says nothing")
 
 
 KINDS: dict[str, Callable[[], Callable[[int], None]]] = {
@@ -177,6 +179,8 @@ def main(kind: str, requests: int) -> None:
         os.pidfd_open(os.getpid())
     except OSError:  # valgrind does not know it; and it is slow, which must not show
         os.pidfd_open = lambda *_: os.eventfd(0)
+        processes._is_of = lambda *_: True
+        processes._is_dead = lambda pidfd: False
         calls = itertools.count()
         time.monotonic = lambda: next(calls) * LOOK
     serve = KINDS[kind]()

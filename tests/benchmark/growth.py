@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import math
+import os
+import resource
+import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -25,8 +28,10 @@ BURSTS = 5
 P, T = 2, 2
 HIGH = 1024  # where descriptors of idle connections begin: select() takes none above it
 IDLE_SERVER = ("--keep-alive", "3600")
-PACE = 4000  # requests a second with which a queue is filled
+STOPPED = ("--timeout", "3600")  # of processes that are stopped for a while
+PACE = 3000  # requests a second with which a queue is filled
 PROBES = 100
+SPARE = 300  # descriptors for anything but waiting requests
 DEEPEST = 30000  # max_replica_concurrency of the replica with a deep queue
 
 
@@ -39,11 +44,12 @@ def measure(run: Run) -> None:
                     run.part.add(shape(p, t), name, _all_figures(run, server, p * t, number))
     if OURS in run.peers:
         _idle(run)
-        for depth in run.plan.depths:
-            run.progress.say("queue", depth)
+        for wanted in run.plan.depths:
+            depth, cell = _possible(wanted)
+            run.progress.say(cell)
             env = {"REPLICA_MAX_REPLICA_CONCURRENCY": str(DEEPEST)}
-            with serving([OURS], P, T, env=env) as servers:
-                run.part.add(f"{depth:,} waiting", OURS, _deep(servers[OURS], depth))
+            with serving([OURS], P, T, more=STOPPED, env=env) as servers:
+                run.part.add(cell, OURS, _deep(servers[OURS], depth))
     for name in run.among(CAPPED):
         run.progress.say("memory", name)
         with serving([name], P, T) as servers:
@@ -126,44 +132,52 @@ def _connected(address: Address, count: int) -> Iterator[None]:
 # Queue depth.
 
 
+def _possible(depth: int) -> tuple[int, str]:
+    """How deep a queue can be: a waiting request takes a descriptor, of ours and of theirs."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - SPARE
+    if depth <= most:
+        return depth, f"{depth:,} waiting"
+    return most, f"{most:,} waiting (as many as open files allow)"
+
+
 def _deep(server: Server, depth: int) -> dict[str, float]:
-    """Keep all slots busy, let so many wait, ask the probes, and let go."""
-    filling = depth / PACE
+    """Stop the processes, let so many wait, ask the probes, and let the processes go on."""
     (dispatcher,) = server.having("dispatcher")
-    with Clients(server.address) as holders, Clients(server.address) as clients:
-        now = time.monotonic()
-        for _ in range(P * T):
-            holders.send(f"/sleep/{filling + 3.0}", now)
-        time.sleep(0.2)
-        before = _ran(dispatcher)
-        requests = []
-        for number in range(depth):
-            due = now + 0.2 + number / PACE
-            while clients.serve(due):
+    address = server.address  # asking before others take the descriptors that select() can
+    with Clients(address, keep=True) as asking, Clients(address) as clients:
+        _tell(server, signal.SIGSTOP)
+        start, before, requests = time.monotonic(), _ran(dispatcher), []
+        for number in range(P * T + depth):
+            while clients.serve(start + number / PACE):
                 pass
-            requests.append(clients.send("/", due))
-        time.sleep(0.5)
-        admitting = _ran(dispatcher) - before
-        figures = {"probe p99 ms": _probe(server.address)}
-        before = _ran(dispatcher)
+            requests.append(clients.send("/", start + number / PACE))
+        burst(asking, 1, "/-/healthz")  # comes after them
+        filled = _ran(dispatcher)
+        figures = {"probe p99 ms": _probe(asking)}
+        _tell(server, signal.SIGCONT)
+        asked = _ran(dispatcher)
         while clients.outstanding and clients.serve(time.monotonic() + 60):
             pass
-        leaving = _ran(dispatcher) - before
+        drained = _ran(dispatcher)
     if not depth:
         return figures
     done = [each.done for each in requests if each.status == 200]
     return {
         **figures,
-        "admission us": admitting / depth * 1e6,
-        "dispatch us": leaving / depth * 1e6,
+        "admission us": (filled - before) / depth * 1e6,
+        "dispatch us": (drained - asked) / depth * 1e6,
         "drained/s": len(done) / (max(done) - min(done)),
-        "failed": float(depth - len(done)),
+        "failed": float(len(requests) - len(done)),
     }
 
 
-def _probe(address: Address) -> float:
-    with Clients(address, keep=True) as clients:
-        asked = [burst(clients, 1, "/-/healthz")[0] for _ in range(PROBES)]
+def _tell(server: Server, number: int) -> None:
+    for pid in server.workers:
+        os.kill(pid, number)
+
+
+def _probe(clients: Clients) -> float:
+    asked = [burst(clients, 1, "/-/healthz")[0] for _ in range(PROBES)]
     assert all(each.status == 200 for each in asked)
     return percentile([each.took for each in asked], 99) * 1000
 

@@ -25,9 +25,8 @@ def measure(run: Run) -> None:
             for name in run.among(THREE if number else CAPPED):
                 run.progress.say(f"{times} times capacity", f"round {number + 1}", name)
                 rate = times * P * T / SERVICE
-                arrivals = [
-                    (at, f"/sleep/{SERVICE}") for at in poisson(rate, run.plan.overload, number)
-                ]
+                times_due = poisson(rate, USEFUL + run.plan.overload, number)
+                arrivals = [(at, f"/sleep/{SERVICE}") for at in times_due]
                 # A server of its own for each: one that was overloaded goes on for a while.
                 with serving([name], P, T, env=env) as servers:
                     requests = open_loop(servers[name].address, arrivals, patience=USEFUL)
@@ -40,16 +39,18 @@ def cell(times: int) -> str:
 
 
 def _figures(requests: Sequence[Request], seconds: float) -> dict[str, float]:
-    end = requests[0].due + seconds
+    """Goodput is that of the last so many seconds: before, a queue had yet to grow."""
+    whole = USEFUL + seconds
+    start, end = requests[0].due + USEFUL, requests[0].due + whole
     answered = [each.took * 1000 for each in requests if each.status == 200]
     useful = [each for each in requests if each.status == 200 and each.took <= USEFUL]
     refused = [each.took * 1000 for each in requests if each.status in (429, 503)]
-    figures = {"goodput/s": sum(each.done <= end for each in useful) / seconds}
+    figures = {"goodput/s": sum(start < each.done <= end for each in useful) / seconds}
     if answered:
         figures |= {
             "admitted p50 ms": percentile(answered, 50),
             "admitted p99 ms": percentile(answered, 99),
         }
     if refused:
-        figures |= {"refused/s": len(refused) / seconds, "refused p99 ms": percentile(refused, 99)}
-    return {**figures, "unanswered/s": (len(requests) - len(answered) - len(refused)) / seconds}
+        figures |= {"refused/s": len(refused) / whole, "refused p99 ms": percentile(refused, 99)}
+    return {**figures, "unanswered/s": (len(requests) - len(answered) - len(refused)) / whole}

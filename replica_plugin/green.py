@@ -1,0 +1,234 @@
+"""What a slot of gevent mode works with: the channel, the client's socket, the interrupter.
+
+Where a thread would wait in the kernel, here only the greenlet does (gevent_worker.py).
+
+1. One watcher reads the channel: two greenlets may not wait on one socket.
+2. No O_NONBLOCK is set on clients' sockets, which would be set for whoever has them next;
+   reads and writes are told not to wait, and the hub waits where they would have.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import struct
+import sys
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+
+import gevent
+import gevent.hub
+import gevent.monkey
+import gevent.socket
+
+from .channel import LEAVE, Kind, ProcessEnd, Report, close_all, decode_job, receive
+from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .errors import OverdueError
+from .overdue import SIGNAL, Run
+from .rest import PIECE, queued
+from .unpatched import Socket
+
+READABLE = 1
+_NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
+_TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+_TIMEVAL = struct.Struct("ll")
+
+_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
+
+Message = tuple[bytes, list[int]]
+END: Message = (b"", [])
+
+
+class GreenInterrupter:
+    """For slots that are greenlets. It is made in the main thread, where they are.
+
+    The hub raises the exception in a greenlet that waits. A greenlet that runs, and so keeps the
+    hub, has it raised by a signal's handler, which also ends a call that blocks. Whichever comes
+    first: only the main thread takes from `_aims`.
+    """
+
+    here = staticmethod(gevent.getcurrent)
+
+    def __init__(self, in_hub: Callable[..., None]) -> None:
+        self._in_hub = in_hub
+        self._main = _get_ident()
+        self._aims: set[Run] = set()
+        signal.signal(SIGNAL, self._on_signal)
+
+    def frame(self, where: Any) -> FrameType | None:
+        """A greenlet that runs has no frame of its own, but the thread's."""
+        return where.gr_frame or sys._current_frames().get(self._main)
+
+    def strike(self, run: Run) -> None:
+        self._aims.add(run)
+        self._in_hub(self._throw, run)
+        signal.pthread_kill(self._main, SIGNAL)
+
+    def _throw(self, run: Run) -> None:
+        if run in self._aims:
+            self._aims.discard(run)
+            run.where.throw(OverdueError)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        current = gevent.getcurrent()
+        for run in [run for run in self._aims.copy() if run.where is current]:
+            self._aims.discard(run)
+            if run.is_open:
+                raise OverdueError
+
+    def take_back(self, run: Run) -> None:
+        self._aims.discard(run)
+
+
+class GreenEnd(ProcessEnd):
+    """A channel's end that one watcher reads, for slots that wait here for their turn.
+
+    `handing` is true for a slot that has not let the hub turn since it was handed a message.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        super().__init__(sock)
+        self.handing = False
+        self._idle: list[Any] = []  # gevent's Waiters
+        self._arrived: deque[Message] = deque()
+        self._ended = False
+        self._watcher = gevent.get_hub().loop.io(sock.fileno(), READABLE)
+        self._watcher.start(self._on_readable)
+
+    def receive(self) -> Message:
+        """Wait for the next message; `b""` at the end. Nothing else ends the wait."""
+        while not (self._arrived or self._ended):
+            waiter = gevent.hub.Waiter()
+            self._idle.append(waiter)
+            try:
+                message: Message = waiter.get()
+                return message
+            except BaseException:  # a timeout of a request that is long over, say
+                self._idle.remove(waiter)
+        return self._arrived.popleft() if self._arrived else END
+
+    def tell(self, message: bytes, *fds: int) -> None:
+        """Tell the dispatcher; the greenlet waits for room if there is none. Raises OSError."""
+        while True:
+            try:
+                self._send(message, fds, _TELL)
+                return
+            except BlockingIOError:
+                gevent.socket.wait_write(self.sock.fileno())
+
+    def _on_readable(self) -> None:
+        """Called by the hub, which may not wait."""
+        try:
+            message = receive(self.sock, _NOW)
+        except BlockingIOError:  # the attendant was faster
+            return
+        except OSError:
+            message = END
+        if message == END:
+            self._ended = True
+            self._watcher.close()
+            while self._idle:
+                self._hand(message)
+        else:
+            self._deliver(message)
+
+    def _deliver(self, message: Message) -> None:
+        if self._idle:
+            self._hand(message)
+        else:
+            self._arrived.append(message)
+
+    def _hand(self, message: Message) -> None:
+        """Run a slot, until it waits."""
+        self.handing = True
+        self._idle.pop().switch(message)
+        self.handing = False
+
+    def give_back(self, in_hub: Callable[..., None]) -> None:
+        """Called by the attendant while the hub stalls: return jobs that no slot has taken."""
+        with suppress(BlockingIOError):
+            while True:
+                data, fds = receive(self.sock, _NOW)
+                if not data:
+                    return
+                if data == LEAVE:
+                    in_hub(self._deliver, (data, fds))
+                    return
+                close_all(fds)
+                report = Report(Kind.RETURNED, decode_job(data).request)
+                self.sock.send(report.encode(), socket.MSG_NOSIGNAL)
+
+
+class GreenClientSocket(ClientSocket):
+    """A client's socket of which only the greenlet waits, for as long as the kernel would have."""
+
+    def recv(self, size: int, flags: int = 0) -> bytes:
+        """As socket.recv. Raises ReceiveTimeoutError."""
+        while True:
+            try:
+                return Socket.recv(self, size, flags | _NOW)
+            except BlockingIOError:
+                self._await_bytes()
+            except OSError as error:
+                raise self._noted(error, ReceiveTimeoutError) from None
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """As socket.recv_into, which an app may use by `makefile`. Raises ReceiveTimeoutError."""
+        while True:
+            try:
+                return Socket.recv_into(self, buffer, nbytes, flags | _NOW)
+            except BlockingIOError:
+                self._await_bytes()
+            except OSError as error:
+                raise self._noted(error, ReceiveTimeoutError) from None
+
+    def send(self, data: Any, flags: int = 0) -> int:
+        """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
+        try:
+            return Socket.send(self, data, flags | _NOW)
+        except BlockingIOError:
+            return self._send_later(data, flags)
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
+
+    def _send_later(self, data: Any, flags: int) -> int:
+        try:
+            while not (sent := self._send_some(data, flags)):
+                pass
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
+        return sent
+
+    def _send_some(self, data: memoryview, flags: int) -> int:
+        before = queued(self)
+        ready = self._wait(gevent.socket.wait_write, socket.SO_SNDTIMEO)
+        try:
+            return Socket.send(self, data, flags | _NOW)
+        except BlockingIOError:
+            if not ready and queued(self) >= before:
+                raise
+            return 0
+
+    def _sendfile_some(self, fd: int, offset: int, count: int) -> int | None:
+        """By reading: sendfile() has no MSG_DONTWAIT, and would have the whole process wait."""
+        data = os.pread(fd, min(PIECE, count), offset)
+        self._send_all(data)
+        return len(data)
+
+    def _await_bytes(self) -> None:
+        if self._flags or not self._wait(gevent.socket.wait_read, socket.SO_RCVTIMEO):
+            raise self._noted(BlockingIOError(), ReceiveTimeoutError)
+
+    def _wait(self, wait: Callable[..., None], limit: int) -> bool:
+        """Wait for as long as the dispatcher has told the kernel; whether that was enough."""
+        limits = self.getsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.size)
+        whole, millionths = _TIMEVAL.unpack(limits)
+        try:
+            wait(self.fileno(), whole + millionths / 1e6 or None, TimeoutError())
+        except TimeoutError:
+            return False
+        return True
