@@ -133,6 +133,8 @@ class Watcher:
         if pid in self._known:
             return
         self._known.add(pid)
+        if role == "dispatcher":
+            self._ledger.births.append(time.monotonic())
         try:
             pidfd = os.pidfd_open(pid)
         except ProcessLookupError:

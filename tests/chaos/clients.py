@@ -521,6 +521,7 @@ class Crowd:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="crowd", daemon=True)
         self._thread.start()
+        self._lags = asyncio.run_coroutine_threadsafe(self._see_lags(), self._loop)
 
     # Called by the thread that owns the crowd.
 
@@ -541,6 +542,7 @@ class Crowd:
         asyncio.run_coroutine_threadsafe(self._all_gone(), self._loop).result(3 * PATIENCE)
 
     def close(self) -> None:
+        self._lags.cancel()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -562,6 +564,15 @@ class Crowd:
             self.errors.append(f"{visit.kind}: {error!r}")
         finally:
             visit.close()
+
+    async def _see_lags(self) -> None:
+        """Note when this loop had no CPU: then clients have seen and done everything too late."""
+        while True:
+            before = time.monotonic()
+            await asyncio.sleep(0.05)
+            late = time.monotonic() - before - 0.05
+            if late > 0.1:
+                self.ledger.lags.append((time.monotonic(), late))
 
     async def _go_on(self) -> None:
         mix = {c: n for c, n in MIX.items() if c is not severed or self.network.can_cut}

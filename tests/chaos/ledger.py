@@ -106,6 +106,8 @@ class Ledger:
     entries: dict[int, Entry] = field(default_factory=dict)
     runs: dict[int, list[Run]] = field(default_factory=lambda: defaultdict(list))
     deaths: list[Death] = field(default_factory=list)
+    births: list[float] = field(default_factory=list)  # of dispatchers
+    lags: list[tuple[float, float]] = field(default_factory=list)  # when clients were late, by what
     bounds: set[int] = field(default_factory=set)  # all there were
     largest_cap: int = 0
     stopped_at: float = 0.0  # TERM to the master
@@ -150,6 +152,13 @@ class Ledger:
             for death in self.deaths
             if first <= death.at <= last or death.pid in pids
         ]
+        lines += [
+            (at, f"clients  were late by {late:.2f} s")
+            for at, late in self.lags
+            if first <= at <= last
+        ]
+        if entry.idle_since:
+            lines.append((entry.idle_since, "client   has read the answer before this"))
         traits = ", ".join(sorted(entry.traits)) or "none"
         head = f"request {entry.number}: {entry.kind}, {entry.path}, traits: {traits}"
         told = f"    body: {entry.body[:200]!r}" if entry.body else "    no body"

@@ -17,7 +17,7 @@ MOMENT = 0.25
 SLOW_PROBE = 5.0
 """Seconds in which a probe is answered, on a machine that has no CPU to spare."""
 BIRTH = 3.0
-"""Seconds after the death of a dispatcher in which its successor may take slots for busy."""
+"""Seconds in which a new dispatcher may take slots for busy that are not."""
 
 
 class Judge:
@@ -147,6 +147,12 @@ class Case:
         last = self.entry.ended_at + MOMENT
         return [d for d in self.ledger.deaths if d.role == role and first <= d.at <= last]
 
+    @property
+    def lag(self) -> float:
+        """By how much its client may have been late, for lack of CPU."""
+        first = (self.entry.idle_since or self.entry.connected_at) - BIRTH
+        return sum(late for at, late in self.ledger.lags if first < at < self.entry.ended_at)
+
     @cached_property
     def dispatcher_deaths(self) -> list[Death]:
         return self.deaths("dispatcher")
@@ -262,8 +268,9 @@ def kept(case: Case) -> bool:
 
 
 def idled(case: Case) -> bool:
-    """For as long as a connection is kept; the client may have read its answer late."""
-    return case.entry.began_at - case.entry.idle_since > 0.6 * case.times.keepalive
+    """For as long as a connection is kept; the client may have read the answer before late."""
+    idle = case.entry.began_at - case.entry.idle_since
+    return idle + case.lag > case.times.keepalive - MOMENT
 
 
 # The replica.
@@ -279,8 +286,7 @@ def full(case: Case) -> bool:
 
 def _taken_for_busy(case: Case) -> int:
     born = case.entry.began_at - BIRTH
-    helpers = [d for d in case.ledger.deaths if d.role == "dispatcher"]
-    newborn = any(born < death.at < case.entry.ended_at for death in helpers)
+    newborn = any(born < birth < case.entry.ended_at for birth in case.ledger.births)
     return case.ledger.largest_cap if newborn else 0
 
 
