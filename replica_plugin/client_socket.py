@@ -102,8 +102,10 @@ class ClientSocket(Socket):
             self._head = data
 
     def discard(self) -> None:
-        """Take back what is held."""
+        """Take back what is held, and what is left."""
         self._head, self.answering = b"", False
+        self._left.clear()
+        self._left_size = 0
 
     def flush(self) -> None:
         """Send what is held; the head of a response without a body, say."""

@@ -208,6 +208,7 @@ class Exchange:
                 self._log.exception("Socket error processing request.")
             return End.ABORT
         if isinstance(error, OverdueError):
+            self._sock.discard()  # some of it may have been sent when the interrupt came
             return End.LINGER if self._sock.written else self._overdue()
         if not isinstance(error, _CutShortError):
             self._worker.handle_error(self._request, self._sock, self._job.client, error)
@@ -223,7 +224,6 @@ class Exchange:
 
     def _overdue(self) -> End:
         """The dispatcher answers, unless it is not the one that sent the request."""
-        self._sock.discard()
         if not self._run.is_answered:
             util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()

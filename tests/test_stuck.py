@@ -247,3 +247,22 @@ def test_requests_that_end_in_time_are_left_alone(serve, stage):
         load.go_on(200)
     assert load.failures == []
     assert "request_timeout" not in server.log
+
+
+@IN_BOTH_MODES
+def test_a_response_that_is_interrupted_while_it_is_sent_is_cut_short_and_nothing_is_sent_twice(
+    start,
+):
+    config = {"request_timeout": LIMIT, "response_buffer": "1Mi"}
+    server = start(config=config)
+    whole = b"".join(n.to_bytes(8, "big") for n in range(1 << 17)) * 24
+    with server.connect() as client:
+        client.ask("/large/24/one")
+        server.wait_log("has run for longer than request_timeout")
+        server.wait_numbers(running=0)
+        received = bytearray()
+        while part := client.sock.recv(1 << 20):
+            received += part
+    body = bytes(received).partition(b"\r\n\r\n")[2]
+    assert len(body) < len(whole)
+    assert whole.startswith(body)

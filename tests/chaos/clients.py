@@ -521,6 +521,7 @@ class Crowd:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="crowd", daemon=True)
         self._thread.start()
+        self._closing = threading.Event()
         self._lags = asyncio.run_coroutine_threadsafe(self._see_lags(), self._loop)
 
     # Called by the thread that owns the crowd.
@@ -542,7 +543,8 @@ class Crowd:
         asyncio.run_coroutine_threadsafe(self._all_gone(), self._loop).result(3 * PATIENCE)
 
     def close(self) -> None:
-        self._lags.cancel()
+        self._closing.set()
+        self._lags.result(PATIENCE)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -567,7 +569,7 @@ class Crowd:
 
     async def _see_lags(self) -> None:
         """Note when this loop had no CPU: then clients have seen and done everything too late."""
-        while True:
+        while not self._closing.is_set():
             before = time.monotonic()
             await asyncio.sleep(0.05)
             late = time.monotonic() - before - 0.05
