@@ -32,7 +32,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-_BLOB = struct.Struct("=II")  # length and checksum of the JSON text that follows
+_BLOB = struct.Struct("=QII")  # turn; length and checksum of the JSON text that follows
+_LOOKS = 100  # at a page on which something is written all the time
 _MASTER_SIZE = 1 << 20
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
@@ -75,11 +76,16 @@ def _to_read(fd: int) -> int:
 
 
 class _Blob:
-    """A JSON value in shared memory. A reader in the middle of a write sees a wrong checksum."""
+    """A JSON value in shared memory, in two places of which the older one is written.
+
+    So there always is a whole one, also when the writer dies. Where a write is under way, or was
+    left so, the checksum is wrong.
+    """
 
     def __init__(self, memory: mmap.mmap, offset: int) -> None:
+        self._room = (len(memory) - offset) // 2 - _BLOB.size
+        self._starts = (offset, offset + _BLOB.size + self._room)
         self._memory = memory
-        self._offset = offset
 
     def move(self, memory: mmap.mmap) -> None:
         """The same page is mapped in another way."""
@@ -87,18 +93,33 @@ class _Blob:
 
     def write(self, value: Any) -> None:
         text = json.dumps(value).encode()
-        start = self._offset + _BLOB.size
-        if start + len(text) > len(self._memory):
-            raise ValueError(f"{len(text)} bytes do not fit a page of {len(self._memory)}")
-        self._memory[start : start + len(text)] = text
-        _BLOB.pack_into(self._memory, self._offset, len(text), zlib.crc32(text))
+        if len(text) > self._room:
+            raise ValueError(f"{len(text)} bytes do not fit where {self._room} do")
+        turn = self._newest()[0] + 1
+        start = self._starts[turn % 2]
+        self._memory[start + _BLOB.size : start + _BLOB.size + len(text)] = text
+        header = _BLOB.pack(turn, len(text), zlib.crc32(text))
+        self._memory[start : start + _BLOB.size] = header
 
     def read(self) -> Any | None:
-        """The value, or None if nothing whole is there (never written, or being written)."""
-        length, checksum = _BLOB.unpack_from(self._memory, self._offset)
-        start = self._offset + _BLOB.size
-        text = self._memory[start : start + length]
-        return json.loads(text) if text and zlib.crc32(text) == checksum else None
+        """The value, or None if there is none, or each look took longer than a write."""
+        for _ in range(_LOOKS):
+            headers = self._headers()
+            _, text = self._newest()
+            if self._headers() == headers:
+                return json.loads(text) if text else None
+        return None
+
+    def _headers(self) -> list[bytes]:
+        return [self._memory[start : start + _BLOB.size] for start in self._starts]
+
+    def _newest(self) -> tuple[int, bytes]:
+        return max(map(self._look, self._starts))
+
+    def _look(self, start: int) -> tuple[int, bytes]:
+        turn, length, checksum = _BLOB.unpack_from(self._memory, start)
+        text = self._memory[start + _BLOB.size : start + _BLOB.size + length]
+        return (turn, text) if text and zlib.crc32(text) == checksum else (0, b"")
 
 
 class _Page:
@@ -129,7 +150,7 @@ class MasterPage(_Page):
         self._blob.write(state)
 
     def read(self) -> dict[str, Any] | None:
-        """The state, or None while it is being written: look again after the nudge."""
+        """The state; None if it was written too fast to see: look again after the nudge."""
         state: dict[str, Any] | None = self._blob.read()
         return state
 

@@ -14,7 +14,7 @@ import pytest
 
 from replica_plugin.pages import Cells, LoadPage, MasterPage, Numbers, ReplicaPage
 
-HEADER = 8  # bytes of length and checksum, which are written last
+HEADER = 16  # bytes of turn, length and checksum, which are written last
 
 
 Page = TypeVar("Page", MasterPage, ReplicaPage, LoadPage, Cells)
@@ -49,24 +49,33 @@ def test_a_page_says_what_was_written_last_to_whoever_has_its_descriptor(new):
 
 
 @pytest.mark.parametrize("sizes", [(10, 10), (10, 30), (30, 10)])
-def test_a_page_in_the_middle_of_a_write_says_nothing_or_the_old_or_the_new(new, sizes):
-    old, young = ({"value": letter * size} for letter, size in zip("ab", sizes, strict=True))
+def test_a_page_in_the_middle_of_a_write_says_the_old_or_the_new(new, sizes):
+    first, old, young = (
+        {"value": letter * size} for letter, size in zip("_ab", (20, *sizes), strict=True)
+    )
     page = new(MasterPage())
+    page.write(first)
     page.write(old)
-    before = os.pread(page.fd, 100, 0)
+    size = 1 << 20
+    before = os.pread(page.fd, size, 0)
     page.write(young)
-    after = os.pread(page.fd, 100, 0)
-    seen = []
-    for done in [*range(HEADER, 100), *range(HEADER)]:  # the text first, then the header
-        text = done if done >= HEADER else 100
-        header = done if done < HEADER else 0
-        os.pwrite(page.fd, after[:header] + before[header:HEADER], 0)
-        os.pwrite(page.fd, after[HEADER:text] + before[text:], HEADER)
+    after = os.pread(page.fd, size, 0)
+    changed = [at for at in range(size) if before[at] != after[at]]
+    header, text = ([at for at in changed if inside(at)] for inside in (is_header, is_text))
+    os.pwrite(page.fd, before, 0)
+    seen = [page.read()]
+    for at in text + header:
+        os.pwrite(page.fd, after[at : at + 1], at)
         seen.append(page.read())
-    assert [value for value in seen if value not in (None, old)] == []
-    assert seen[0] == old and None in seen
-    os.pwrite(page.fd, after, 0)
-    assert page.read() == young
+    assert seen == [old] * len(changed) + [young]
+
+
+def is_header(at: int) -> bool:
+    return at % (1 << 19) < HEADER
+
+
+def is_text(at: int) -> bool:
+    return not is_header(at)
 
 
 WRITER = """
@@ -122,15 +131,16 @@ def test_no_number_that_is_read_while_another_process_writes_is_zero(new):
 def test_a_value_that_is_too_big_is_refused_and_the_old_one_stays(new):
     page = new(MasterPage())
     page.write({"a": 1})
+    room = (1 << 19) - HEADER
     with pytest.raises(ValueError) as caught:
-        page.write({"a": "x" * (1 << 20)})
-    assert str(caught.value) == "1048585 bytes do not fit a page of 1048576"
+        page.write({"a": "x" * room})
+    assert str(caught.value) == f"{room + 9} bytes do not fit where {room} do"
     assert page.read() == {"a": 1}
-    room = (1 << 20) - HEADER - len('{"a": ""}')
-    page.write({"a": "x" * room})
-    assert page.read() == {"a": "x" * room}
+    longest = {"a": "x" * (room - 9)}
+    page.write(longest)
+    assert page.read() == longest
     with pytest.raises(ValueError):
-        page.write({"a": "x" * (room + 1)})
+        page.write({"a": "x" * (room - 8)})
 
 
 # What a process that runs the app can do to a page.
