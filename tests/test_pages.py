@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -93,15 +92,17 @@ def test_whatever_is_read_while_another_process_writes_was_written_as_a_whole(ne
     page = new(MasterPage())
     writer = subprocess.Popen([sys.executable, "-c", WRITER, str(page.fd)], pass_fds=[page.fd])
     last, reads = 0, 0
-    while last < 5000:
-        assert writer.poll() is None
-        state = page.read()
-        if state is not None:
-            assert state["filler"] == [state["turn"]] * (state["turn"] % 1000)
-            assert state["turn"] >= last
-            last, reads = state["turn"], reads + 1
-    writer.send_signal(signal.SIGKILL)
-    writer.wait()
+    try:
+        while last < 5000:
+            assert writer.poll() is None
+            state = page.read()
+            if state is not None:
+                assert state["filler"] == [state["turn"]] * (state["turn"] % 1000)
+                assert state["turn"] >= last
+                last, reads = state["turn"], reads + 1
+    finally:
+        writer.kill()
+        writer.wait()
     assert reads > 1
 
 
