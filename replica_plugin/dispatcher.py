@@ -95,6 +95,7 @@ class Dispatcher:
         """Serve until a stop is done."""
         while not self._ended:
             self.turn()
+        self._ready_file.show(self._wishes.ready_file, False, time.monotonic())
         self._frame.replica_page.write(self._numbers(math.inf))
 
     def turn(self) -> None:

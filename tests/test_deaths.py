@@ -126,7 +126,9 @@ def test_processes_killed_one_after_another_leave_nothing_adrift(start, stage):
         for _ in range(8):
             load.go_on(50)
             load.failures.clear()
-            server.tell(KILL, wait_for(lambda: server.workers, "a process")[0])
+            victim = wait_for(lambda: server.workers, "a process")[0]
+            server.tell(KILL, victim)
+            wait_for(lambda pid=victim: pid not in server.children(), "its end")
         load.go_on(50)
         load.failures.clear()
         server.wait_numbers(processes=2)
