@@ -43,6 +43,10 @@ class AnsweredError(ConnectionError):
     """The dispatcher answers in place of the slot."""
 
 
+class InterruptedWriteError(ConnectionError):
+    """A write was interrupted, so nobody knows how much of it was sent: nothing may follow."""
+
+
 class ClientSocket(Socket):
     """`trouble` is the error that this socket raised, if it did; then nothing more is sent.
 
@@ -139,6 +143,9 @@ class ClientSocket(Socket):
                 sent += len(piece)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
+        except BaseException:
+            self.trouble = InterruptedWriteError()
+            raise
         return sent
 
     def rest(self) -> Rest | None:
@@ -173,6 +180,9 @@ class ClientSocket(Socket):
                 self._send_all(data)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
+        except BaseException:
+            self.trouble = InterruptedWriteError()
+            raise
 
     def _send_or_leave(self, data: bytes) -> None:
         """Send what the client takes at once, and as much more as there is no room for."""

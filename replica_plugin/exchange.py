@@ -202,13 +202,13 @@ class Exchange:
             self._log.warning("A client took nothing for send_timeout: cut off")
             return End.ABORT
         if trouble is not None:
-            if isinstance(trouble, AnsweredError):
+            if isinstance(trouble, AnsweredError) or isinstance(error, OverdueError):
                 return End.ABORT
             if trouble.errno not in _CLIENT_GONE:
                 self._log.exception("Socket error processing request.")
             return End.ABORT
         if isinstance(error, OverdueError):
-            self._sock.discard()  # some of it may have been sent when the interrupt came
+            self._sock.discard()
             return End.LINGER if self._sock.written else self._overdue()
         if not isinstance(error, _CutShortError):
             self._worker.handle_error(self._request, self._sock, self._job.client, error)
