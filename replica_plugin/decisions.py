@@ -403,7 +403,7 @@ class Decisions:
         able = [
             p
             for p in self._usable
-            if p.has_credit and p.running < p.slots and (extras or not p.extra)
+            if p.free and p.has_credit and p.running < p.slots and (extras or not p.extra)
         ]
         return min(able, key=_order, default=None)
 
