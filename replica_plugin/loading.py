@@ -140,5 +140,5 @@ class Loading:
             state = self._master_page.read()
             if state is not None:
                 return decode_wishes(state)
-            self._end_without_master()  # which may have been killed in the middle of writing
+            self._end_without_master()
             time.sleep(_MOMENT)

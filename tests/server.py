@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 import yaml
-from stage import PATIENCE
+from stage import PATIENCE, Actor, Stage
 
 from replica_plugin.pages import Numbers, ReplicaPage
 
@@ -325,6 +325,17 @@ def _command(pid: int) -> bytes:
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
+
+
+def empty(clients: list[Client], actors: list[Actor], stage: Stage, waiting: int = 6) -> None:
+    """Let what runs end, and what waits behind it, and see that all were answered."""
+    for actor in actors:
+        actor.finish()
+    for _ in range(waiting):
+        stage.next().finish()
+    assert [client.reply().status for client in clients] == [200] * len(clients)
+    for client in clients:
+        client.close()
 
 
 def is_supervisor(pid: int) -> bool:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
-from server import BOTH, IN_BOTH_MODES, Client, Server, wait_for
+from server import BOTH, IN_BOTH_MODES, Client, Server, empty, wait_for
 from stage import Actor, Stage
 
 pytestmark = IN_BOTH_MODES
@@ -43,17 +43,6 @@ def fill(
     clients = [server.connect(which).ask("/hold/first") for _ in range(count)]
     server.wait_numbers(running=4, waiting=count - 4)
     return clients, stage.take(4)
-
-
-def empty(clients: list[Client], actors: list[Actor], stage: Stage, waiting: int = 6) -> None:
-    """Let them all end, and see that they were answered."""
-    for actor in actors:
-        actor.finish()
-    for _ in range(waiting):
-        stage.next().finish()
-    assert [client.reply().status for client in clients] == [200] * len(clients)
-    for client in clients:
-        client.close()
 
 
 def fifty_at_once(server: Server, stage: Stage, which: int) -> Counter[int]:

@@ -10,8 +10,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from server import BOTH, Client, Server, wait_for
-from stage import Actor, Stage
+from server import BOTH, Server, empty, wait_for
+from stage import Stage
 
 CROWDED = "All slots for exempt paths are busy, and 16 requests wait for them, as many as may.\n"
 
@@ -43,16 +43,6 @@ def fill(server: Server, stage: Stage, running: int, which: int = 0) -> tuple[li
     clients = [server.connect(which).ask(f"/hold/{n}") for n in range(10)]
     server.wait_numbers(running=running, waiting=10 - running)
     return clients, stage.take(running)
-
-
-def empty(clients: list[Client], actors: list[Actor], stage: Stage, more: int) -> None:
-    for actor in actors:
-        actor.finish()
-    for _ in range(more):
-        stage.next().finish()
-    assert [client.reply().status for client in clients] == [200] * len(clients)
-    for client in clients:
-        client.close()
 
 
 def test_an_exempt_request_is_served_at_once_while_the_replica_is_full(replica, stage, which):
