@@ -327,7 +327,7 @@ class Cells:
         """Raises OSError or ValueError for a descriptor of another process that is no page."""
         if fd is not None and not _keeps_its_size(fd):
             raise ValueError("no memory that keeps its size")
-        self._size = (slots + 2) * 8
+        self._size = self._stacks_at = (slots + 2) * 8
         self.fd = create("cells", self._size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, self._size)
         self._words = memoryview(self._memory).cast("Q")
@@ -379,6 +379,10 @@ class Cells:
         else:
             faulthandler.register(DUMP, fd, all_threads=True)
 
+    def expect_stacks(self) -> None:
+        """DUMP is about to be sent: what was written at an earlier one does not count any more."""
+        self._stacks_at = os.fstat(self.fd).st_size
+
     def stacks(self) -> str:
-        """What was written at DUMP."""
-        return os.pread(self.fd, _STACKS, self._size).decode("utf-8", "replace")
+        """What was written since."""
+        return os.pread(self.fd, _STACKS, self._stacks_at).decode("utf-8", "replace")

@@ -269,6 +269,7 @@ class Processes:
 
     def inspect(self, age: int) -> None:
         """Have a process write its stacks, which can be read soon."""
+        self.links[age].cells.expect_stacks()
         self._signal(age, DUMP)
 
     def kill(self, age: int) -> None:

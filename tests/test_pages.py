@@ -320,3 +320,15 @@ def test_a_slot_that_was_silenced_may_not_begin_a_response_and_one_that_began_go
     assert dispatcher.begun() == {7: True, 8: False}
     assert not cells.answering(1)
     dispatcher.close()
+
+
+def test_the_stacks_of_a_process_are_those_that_it_was_asked_for_last(new):
+    cells = new(Cells(2))
+    with open(f"/proc/self/fd/{cells.fd}", "ab", buffering=0) as file:
+        cells.expect_stacks()
+        file.write(b"first\n")
+        assert cells.stacks() == "first\n"
+        cells.expect_stacks()
+        assert cells.stacks() == ""
+        file.write(b"second\n")
+        assert cells.stacks() == "second\n"
