@@ -12,6 +12,8 @@ from __future__ import annotations
 import errno
 import json
 from datetime import datetime
+from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 from gunicorn import http, util
@@ -29,6 +31,20 @@ DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the
 _CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 _get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
+
+
+class Request(http.Request):  # type: ignore[misc]
+    """gunicorn's, which asks once for each address, not for each request, whether it is trusted."""
+
+    def _peer_is_trusted_proxy(self) -> Any:
+        if isinstance(self.peer_addr, tuple):
+            return _is_trusted(self.peer_addr[0], self.cfg)
+        return super()._peer_is_trusted_proxy()
+
+
+@lru_cache(maxsize=1024)
+def _is_trusted(host: str, cfg: Config) -> Any:
+    return http.Request._peer_is_trusted_proxy(SimpleNamespace(peer_addr=(host, 0), cfg=cfg))
 
 
 class Settled(Config):  # type: ignore[misc]  # gunicorn ships no types
@@ -66,6 +82,8 @@ class Exchange:
         self._run = run
         self._parser = _get_parser(worker.cfg, sock, job.client)
         self._parser.req_count = job.number - 1
+        if self._parser.mesg_class is http.Request:
+            self._parser.mesg_class = Request
         self._request: Any = None
         self._carry = job.carry
         if job.ahead:

@@ -81,6 +81,23 @@ def test_forwarded_headers_count_where_they_do_with_gthread(pair, fields, which)
     assert ours == stock
 
 
+def test_forwarded_headers_count_by_the_address_of_each_client(pair):
+    sent = request("/everything", "X-Forwarded-Proto: https", "Connection: close")
+    schemes = [
+        json.loads(_from(source, pair.ours.addresses[3], sent))["wsgi.url_scheme"]
+        for source in ("127.0.0.1", "127.0.0.2") * 2
+    ]
+    assert schemes == ["https", "http"] * 2
+
+
+def _from(source: str, address: tuple[str, int], sent: bytes) -> bytes:
+    """The body of what is answered to a client with this address."""
+    with socket.create_connection(("127.0.0.1", address[1]), source_address=(source, 0)) as sock:
+        sock.sendall(sent)
+        with sock.makefile("rb") as file:
+            return file.read().partition(b"\r\n\r\n")[2]
+
+
 @pytest.mark.parametrize(
     "sent",
     [
