@@ -69,7 +69,7 @@ class Clients:
         self._resumable = False
         self._last_call_at = math.inf
         self.called = False  # the last call is over
-        self.answered: deque[Connection] = deque()  # here, and `tick` is to look at them soon
+        self.answered: deque[Connection] = deque()  # here, and `go_on` is to look at them soon
         self.serve(serving)
 
     def serve(self, serving: Serving) -> None:
@@ -242,6 +242,16 @@ class Clients:
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
+    def go_on(self, now: float) -> None:
+        """See what follows on connections on which an answer was given here.
+
+        One answer a turn: many requests sent at once neither nest nor keep us from others.
+        """
+        for _ in range(len(self.answered)):
+            conn = self.answered.popleft()
+            if conn.state is State.ARRIVING and conn.head is None:
+                self._go_on(conn, now)
+
     def close(self, conn: Connection) -> None:
         """Forget the connection. The one place where its descriptor is closed.
 
@@ -319,8 +329,6 @@ class Clients:
 
     def next_deadline(self) -> float:
         """When `tick` is needed next, or sooner."""
-        if self.answered:
-            return 0.0
         return min(
             self._arriving.due(),
             self._endings.due(),
@@ -330,19 +338,12 @@ class Clients:
 
     def tick(self, now: float) -> None:
         """Do what is due."""
-        for _ in range(len(self.answered)):
-            self._on_answered(self.answered.popleft(), now)
         self._arriving.tick(now)
         for conn in self._endings.tick(now):
             self._judge.on_cut_off(conn, now)
         self.listeners.tick(now)
         if self._last_call_at <= now:
             self._last_call(now)
-
-    def _on_answered(self, conn: Connection, now: float) -> None:
-        """One answer a turn: many requests sent at once neither nest nor keep us from others."""
-        if conn.state is State.ARRIVING and conn.head is None:
-            self._go_on(conn, now)
 
     def time(self, conn: Connection, deadlines: Deadlines[Connection], now: float) -> None:
         """The one deadline of a connection's state, in place of the one before."""

@@ -104,11 +104,14 @@ class Dispatcher:
         So what there is to do by the clock, deadlines, numbers, ready file, costs nothing for
         each request, and whatever an event has to start a deadline for is late by a MOMENT.
         """
-        events = self._epoll.poll(max(0.0, self._tick_at - time.monotonic()))
+        pause = 0.0 if self._clients.answered else self._tick_at - time.monotonic()
+        events = self._epoll.poll(max(0.0, pause))
         now = time.monotonic()
         if events:
             self._on_events(events, now)
-            self._tick_at = now if self._clients.answered else min(self._tick_at, now + MOMENT)
+            self._tick_at = min(self._tick_at, now + MOMENT)
+        if self._clients.answered:
+            self._clients.go_on(now)
         if self._tick_at <= now:
             self._tick(now)
             self._tick_at = min(now + TURN, self._next_deadline())

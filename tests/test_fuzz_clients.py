@@ -170,9 +170,11 @@ class Dispatcher:
             for _, mask in events:
                 if self.conn.state is not State.CLOSED:
                     self.clients.on_event(self.conn, mask, self._now)
+            self.clients.go_on(self._now)
             self.clients.tick(self._now)
             self._check()
-            if not (events or self._ready or self.clients.next_deadline() <= self._now):
+            more = self.clients.answered or self.clients.next_deadline() <= self._now
+            if not (events or self._ready or more):
                 break
             while self._ready:
                 self._judge(self._ready.pop())
