@@ -40,6 +40,7 @@ from .overtime import GRACE, Overtime, Quota
 from .process import Process
 from .rate import Rate
 from .request_queue import Queue, Wait
+from .roster import Roster
 
 EXEMPT_QUEUE = 16
 """How many exempt requests may wait."""
@@ -77,15 +78,10 @@ class Decisions:
         self.rules = rules
         self.waiting = Queue()
         self.exempt = Queue()
-        self.processes: dict[int, Process] = {}
-        self.live: frozenset[int] = frozenset()
-        self.failed = 0
+        self.roster = Roster(rules.processes)
+        self.processes = self.roster.processes
         self.running = 0
-        self.stopping = False
-        self.drained = False
         self.given_up = False
-        self.was_ready = False
-        self._usable: list[Process] = []
         self._starts = 0
         self._spared = 0
         self._exempt_within = 0  # exempt requests that run within the cap
@@ -103,33 +99,6 @@ class Decisions:
     def in_flight(self) -> int:
         """Requests waiting plus requests running, without exempt ones."""
         return len(self.waiting) + self.running - self._exempt_within
-
-    @property
-    def usable(self) -> int:
-        """How many processes may be sent requests."""
-        return len(self._usable)
-
-    @property
-    def booting(self) -> bool:
-        """Whether the master has a process that has not registered with us yet."""
-        return bool(self.live - {each.age for each in self.processes.values() if each.registered})
-
-    @property
-    def cannot_load(self) -> bool:
-        """Whether the newest process that has tried to load the app could not."""
-        return self.failed > max(
-            (p.age for p in self.processes.values() if p.registered), default=0
-        )
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether readyz says 200: all p were ready once, one is usable, no stop has begun."""
-        return self.was_ready and self.usable > 0 and not self.stopping
-
-    @property
-    def is_healthy(self) -> bool:
-        """Whether healthz says 200: a process is usable, or one is on its way."""
-        return self.usable > 0 or self.booting
 
     def next_expiry(self) -> float:
         """When a waiting request reaches its wait limit; infinity if none will."""
@@ -202,7 +171,7 @@ class Decisions:
         """A process has its app loaded. Its credits come one by one, with `freed`."""
         self._forget(age)
         self._remember(Process(age, slots, owed=owed, extra=extra))
-        return self._changed()
+        return self.roster.changed()
 
     def freed(self, age: int, now: float) -> list[Action]:
         """A slot that ran nothing of ours has come to wait: one credit, and one a slot at most."""
@@ -214,7 +183,7 @@ class Decisions:
             before = process.running
             process.owed -= 1
             self.running += process.running - before
-        self._see_whether_ready()
+        self.roster.see_whether_ready()
         return self._start(now)
 
     def done(self, age: int, request: int, now: float) -> list[Action] | None:
@@ -277,7 +246,7 @@ class Decisions:
         if process is None:
             return []
         process.leaving = True
-        return self._changed()
+        return self.roster.changed()
 
     def died(self, age: int, unread: Collection[int], now: float) -> list[Action]:
         """A process is dead. What it had not begun to read goes back to the head of the queue."""
@@ -291,7 +260,7 @@ class Decisions:
         ]
         self._forget(age)
         self._put_back([(r, wait) for r, wait in process.requests.items() if r in unread])
-        return lost + self._changed() + self._start(now)
+        return lost + self.roster.changed() + self._start(now)
 
     # Events from the master, and from the clock.
 
@@ -302,23 +271,22 @@ class Decisions:
         that one is not among the living any more.
         """
         self.rules = rules
-        self.live = frozenset(live)
-        self.failed = failed
-        return self._changed() + self._start(now)
+        self.roster.told(rules.processes, live, failed)
+        return self.roster.changed() + self._start(now)
 
     def stop(self) -> None:
         """The replica stops: what is in flight goes on, and processes stay until `drain`."""
-        self.stopping = True
+        self.roster.stopping = True
 
     def resume(self, now: float) -> list[Action]:
         """It was a pause: what is in flight goes on, and processes leave as ever."""
-        self.stopping = self.drained = False
-        return self._changed() + self._start(now)
+        self.roster.stopping = self.roster.drained = False
+        return self.roster.changed() + self._start(now)
 
     def drain(self) -> list[Action]:
         """Nothing waits, and nothing can become ready any more: all processes may go."""
-        self.drained = True
-        return self._changed()
+        self.roster.drained = True
+        return self.roster.changed()
 
     def tick(self, now: float) -> list[Action]:
         """Refuse what has waited long enough, see to what runs for longer than
@@ -390,7 +358,7 @@ class Decisions:
 
     def _least_busy_for_exempt(self) -> Process | None:
         """One whose extra slot is free; or, as for any other request, one that has none."""
-        extra = [p for p in self._usable if p.exempt < p.extra and p.has_credit]
+        extra = [p for p in self.roster.usable if p.exempt < p.extra and p.has_credit]
         return min(extra, key=_order) if extra else self._least_busy(extras=False)
 
     def _least_busy(self, extras: bool = True) -> Process | None:
@@ -402,56 +370,10 @@ class Decisions:
             return None
         able = [
             p
-            for p in self._usable
+            for p in self.roster.usable
             if p.free and p.has_credit and p.running < p.slots and (extras or not p.extra)
         ]
         return min(able, key=_order, default=None)
-
-    def _changed(self) -> list[Action]:
-        """The set of processes or the rules changed: who leaves now, and who is usable."""
-        dismissed: list[Action] = []
-        for process in sorted(self.processes.values(), key=lambda each: each.age):
-            if self._wants_to_leave(process) and self._may_leave(process):
-                process.dismissed = True
-                dismissed.append(Dismiss(process.age))
-        present = sorted(self._present(), key=lambda each: each.age, reverse=True)
-        self._usable = present[: self.rules.processes]
-        self._see_whether_ready()
-        return dismissed
-
-    def _see_whether_ready(self) -> None:
-        """The replica is ready once p processes have all their slots waiting, or working."""
-        if not self.was_ready:
-            complete = sum(each.is_complete for each in self._usable)
-            self.was_ready = complete >= self.rules.processes > 0
-
-    def _present(self) -> list[Process]:
-        """Processes that have registered and have not been dismissed."""
-        return [p for p in self.processes.values() if p.registered and not p.dismissed]
-
-    def _wants_to_leave(self, process: Process) -> bool:
-        if process.dismissed or not process.registered:
-            return False
-        return process.leaving or self.drained or self._is_replaced(process)
-
-    def _is_replaced(self, process: Process) -> bool:
-        """Whether p newer ones are ready. The master has told it to leave; its app may not heed."""
-        newer = sum(each.age > process.age for each in self._present())
-        return newer >= self.rules.processes
-
-    def _may_leave(self, process: Process) -> bool:
-        """Whether a process that is told to leave can be spared.
-
-        Either p newer ones are ready; or no successor is loading, since gunicorn will fork
-        one only when this process has gone, and then one process leaves at a time. But not
-        while that one would not be able to load the app.
-        """
-        if self.stopping:
-            return self.drained
-        if self._is_replaced(process):
-            return True
-        enough = len(self._present()) >= self.rules.processes
-        return enough and not (self.booting or self.cannot_load)
 
     def _see_to_overdue(self, now: float) -> list[Action]:
         """Inspect processes that are silent; end those with requests that have had their grace."""
@@ -479,11 +401,11 @@ class Decisions:
         at_once = process.is_silent or (process.is_idle and not process.free)
         actions: list[Action] = []
         if not process.dismissed:
-            may_leave = at_once or self._may_leave(process)
+            may_leave = at_once or self.roster.may_leave(process)
             if not (may_leave and self._quota.take(max(1, self.rules.processes), now)):
                 return []
             process.dismissed = True
-            actions = [Dismiss(process.age), *self._changed()]
+            actions = [Dismiss(process.age), *self.roster.changed()]
         if (at_once or process.is_idle) and not process.killed:
             process.killed = True
             actions.append(Kill(process.age))

@@ -39,11 +39,10 @@ from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
+from .stopping import Stopping
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
 MOMENT = 0.005  # seconds after an event at which the clock is looked at, at the latest
-LAST_CALL = 1.0  # seconds that a client has to send a request after a stop began
-OVERTIME = 0.25  # seconds after graceful_timeout at which a stop ends, whatever is left to do
 
 
 @dataclass(frozen=True)
@@ -70,21 +69,18 @@ class Dispatcher:
         self._epoll = select.epoll()
         rules = wishes.rules
         self._decisions = Decisions(replace(rules, processes=max(1, rules.processes)))
-        self._requests: dict[int, Connection] = {}
+        self.requests: dict[int, Connection] = {}
         self._next = itertools.count(time.monotonic_ns() // 1000)  # never a number used before
         self._processes = Processes(self._epoll, frame.control, self)
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
-        self._stop: Stop | None = None
-        self._paused = False
-        self._given_up = 0  # turns
+        self._stopping = Stopping(self._clients, self._decisions, self._processes, self)
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
-        self._ended = False
         self._tick_at = 0.0
         self._spared = frame.replica_page.read().spared
-        self._decisions.was_ready = self._heritage.was_ready
+        self._decisions.roster.was_ready = self._heritage.was_ready
         for age, slots, _ in self._heritage.rows():
             self._decisions.expected(age, slots)
         for fd in (frame.nudge, frame.master_pidfd):
@@ -93,7 +89,7 @@ class Dispatcher:
 
     def run(self) -> None:
         """Serve until a stop is done."""
-        while not self._ended:
+        while not self._stopping.ended:
             self.turn()
         self._ready_file.show(self._wishes.ready_file, False, time.monotonic())
         self._frame.replica_page.write(self._numbers(math.inf))
@@ -144,7 +140,7 @@ class Dispatcher:
             self._tell_unguarded()
         elif fd in self._heritage:
             age = self._heritage.died(fd)
-            self._perform(self._decisions.died(age, (), now), now)
+            self.perform(self._decisions.died(age, (), now), now)
         else:
             self._processes.on_event(fd, mask, now)
 
@@ -154,7 +150,7 @@ class Dispatcher:
             self._decisions.next_expiry(),
             self._decisions.next_overdue(),
             self._journal.next_deadline(),
-            self._next_of_stop(),
+            self._stopping.due(),
         )
 
     def _tick(self, now: float) -> None:
@@ -162,11 +158,8 @@ class Dispatcher:
         self._processes.watch(now)
         self._clients.tick(now)
         self._journal.tick(now)
-        self._perform(self._decisions.tick(now), now)
-        if self._decisions.stopping:
-            self._drain_if_done(now)
-        if self._stop is not None and self._stop.graceful:
-            self._go_on_stopping(self._stop, now)
+        self.perform(self._decisions.tick(now), now)
+        self._stopping.tick(self._wishes.live, now)
         self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
         self._frame.replica_page.write(self._numbers(now))
 
@@ -174,8 +167,8 @@ class Dispatcher:
         decisions = self._decisions
         return Numbers(
             now,
-            decisions.was_ready,
-            decisions.usable,
+            decisions.roster.was_ready,
+            len(decisions.roster.usable),
             self._processes.slots,
             len(decisions.waiting),
             decisions.in_flight - len(decisions.waiting),
@@ -189,13 +182,13 @@ class Dispatcher:
 
     def on_ready(self, conn: Connection, now: float) -> None:
         conn.request = next(self._next)
-        self._requests[conn.request] = conn
+        self.requests[conn.request] = conn
         head = conn.head or Head(0)
         exempt = head.path in self._wishes.serving.exempt and head.is_plain
-        self._perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
+        self.perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
 
     def on_gone(self, conn: Connection) -> None:
-        del self._requests[conn.request]
+        del self.requests[conn.request]
         self._decisions.gone(conn.request)
 
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
@@ -209,12 +202,12 @@ class Dispatcher:
 
     @property
     def _is_ready(self) -> bool:
-        return self._decisions.is_ready and not self._wishes.draining
+        return self._decisions.roster.is_ready and not self._wishes.draining
 
     def probe(self, name: bytes) -> answers.Answer:
         if name.endswith(b"readyz"):
             return answers.probe(self._is_ready, "ready", "not ready")
-        healthy = self._decisions.is_healthy
+        healthy = self._decisions.roster.is_healthy
         return answers.probe(healthy, "healthy", "no process is usable or booting")
 
     # What the processes' side tells (processes.Office).
@@ -223,18 +216,19 @@ class Dispatcher:
         now = time.monotonic()
         self._heritage.back(link.age)
         owed = link.slots + link.extra if again else 0
-        self._perform(self._decisions.registered(link.age, link.slots, owed, link.extra), now)
+        self.perform(self._decisions.registered(link.age, link.slots, owed, link.extra), now)
         if leaving:
-            self._perform(self._decisions.leaving(link.age), now)
+            self.perform(self._decisions.leaving(link.age), now)
         self._write_table()
 
     def on_report(self, link: Link, report: Report, now: float) -> None:
         if report.kind is Kind.FREE:
-            self._perform(self._decisions.freed(link.age, now), now)
+            self.perform(self._decisions.freed(link.age, now), now)
+            self._tick_at = now  # the page says that we are ready as soon as readyz does
         elif report.kind is Kind.DONE:
             self._on_done(link, report, now)
         elif report.kind is Kind.LEAVING:
-            self._perform(self._decisions.leaving(link.age), now)
+            self.perform(self._decisions.leaving(link.age), now)
         elif report.kind is Kind.RETURNED:
             self._on_returned(link, report.request, now)
         elif report.kind is Kind.STALLED:
@@ -247,8 +241,8 @@ class Dispatcher:
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
         actions = self._decisions.done(link.age, report.request, now)
-        conn = self._requests.pop(report.request, None) if actions is not None else None
-        self._perform(actions or [], now)
+        conn = self.requests.pop(report.request, None) if actions is not None else None
+        self.perform(actions or [], now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
         elif report.rest is not None:  # of another's request, or one that we have answered
@@ -257,38 +251,38 @@ class Dispatcher:
             self._frame.replica_page.write(self._numbers(now))
 
     def _on_returned(self, link: Link, request: int, now: float) -> None:
-        if not self._decisions.runs(link.age, request) or request not in self._requests:
+        if not self._decisions.runs(link.age, request) or request not in self.requests:
             return
-        self._perform(self._decisions.returned(link.age, request, now), now)
+        self.perform(self._decisions.returned(link.age, request, now), now)
         if request in self._decisions.waiting:
-            self._clients.take_back(self._requests[request])
+            self._clients.take_back(self.requests[request])
 
     def _on_explained(self, link: Link, report: Report) -> None:
         stall = decode_stall(report.carry)
         if stall is not None:
-            self._journal.stalled(link.pid, self._requests.get(report.request), stall)
+            self._journal.stalled(link.pid, self.requests.get(report.request), stall)
 
     def on_stall(self, link: Link, now: float) -> None:
         if link.stalled:
             self._decisions.stalled(link.age)
         else:
-            self._perform(self._decisions.turning(link.age, now), now)
+            self.perform(self._decisions.turning(link.age, now), now)
 
     def _on_overdue(self, link: Link, report: Report, now: float) -> None:
         """The response is ours to give only if the process says so (overdue.py)."""
         known = self._decisions.overdue(link.age, report.request)
-        conn = self._requests.get(report.request) if known else None
+        conn = self.requests.get(report.request) if known else None
         self._journal.overdue(conn, link.pid, report.carry.decode("utf-8", "replace"))
         if conn is not None and report.kind is Kind.OVERDUE:
             self._answer_overdue(conn, now)
 
     def _answer_overdue(self, conn: Connection, now: float) -> None:
-        del self._requests[conn.request]
+        del self.requests[conn.request]
         answer = answers.overdue(self._decisions.rules.request_timeout)
         self._clients.answer(conn, answer, now)
 
     def on_sendable(self, link: Link, now: float) -> None:
-        self._perform(self._decisions.sendable(link.age, now), now)
+        self.perform(self._decisions.sendable(link.age, now), now)
 
     def may_have(self, slots: int) -> bool:
         """What the master says last, of which the nudge may still be on its way."""
@@ -302,25 +296,25 @@ class Dispatcher:
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()
         process = self._decisions.processes.get(link.age)
-        ours = process.requests.keys() & self._requests.keys() if process else set()
+        ours = process.requests.keys() & self.requests.keys() if process else set()
         unread = ours - begun.keys()
         for action in self._decisions.died(link.age, unread, now):
             if isinstance(action, Lost):
                 self._on_lost(action, begun.get(action.request, False), now)
             else:
-                self._perform([action], now)
+                self.perform([action], now)
         for request in filter(self._decisions.waits, unread):
-            self._clients.take_back(self._requests[request])
+            self._clients.take_back(self.requests[request])
         self._write_table()
 
     def _on_lost(self, lost: Lost, answering: bool, now: float) -> None:
-        conn = self._requests.get(lost.request)
+        conn = self.requests.get(lost.request)
         if conn is None:  # answered already, in place of the slot
             return
         if lost.overdue and not answering:
             self._answer_overdue(conn, now)
             return
-        del self._requests[lost.request]
+        del self.requests[lost.request]
         if answering:
             self._clients.close(conn)
         else:
@@ -335,7 +329,7 @@ class Dispatcher:
 
     # What the decisions say.
 
-    def _perform(self, actions: list[Action], now: float) -> None:
+    def perform(self, actions: list[Action], now: float) -> None:
         for action in actions:
             if isinstance(action, Send):
                 self._send(action, now)
@@ -351,7 +345,7 @@ class Dispatcher:
                 self._kill(action.age)
 
     def _send(self, action: Send, now: float) -> None:
-        conn = self._requests[action.request]
+        conn = self.requests[action.request]
         job = Job(
             action.request,
             conn.number,
@@ -359,7 +353,7 @@ class Dispatcher:
             conn.server,
             conn.ahead,
             conn.carry,
-            self._decisions.stopping,
+            self._decisions.roster.stopping,
             now - conn.ready_at,
             self._decisions.overdue_at(action.request),
         )
@@ -368,10 +362,10 @@ class Dispatcher:
         if self._processes.send(action.age, job, conn.fd):
             self._clients.lend(conn)
         else:
-            self._perform(self._decisions.unsent(action.age, action.request, now), now)
+            self.perform(self._decisions.unsent(action.age, action.request, now), now)
 
     def _refuse(self, action: Refuse, now: float) -> None:
-        conn = self._requests.pop(action.request)
+        conn = self.requests.pop(action.request)
         answer = answers.refusal(
             action.why,
             self._decisions.rules,
@@ -428,16 +422,15 @@ class Dispatcher:
         failed = self._frame.load_page.failed  # read after the master's page
         pausing = not wishes.rules.processes
         rules = self._decisions.rules if pausing else wishes.rules
-        self._perform(self._decisions.ruled(rules, wishes.live, now, failed), now)
-        if self._stop is None and pausing != self._paused:
-            self._pause_or_resume(pausing, now)
+        self.perform(self._decisions.ruled(rules, wishes.live, now, failed), now)
+        self._stopping.pause(pausing, now)
         if wishes.supervisor and not self._guard.told(wishes.supervisor):
             self._tell_unguarded()
-        if wishes.stop is not None and wishes.stop != self._stop:
-            self._begin_stop(wishes.stop, now)
+        if wishes.stop is not None and wishes.stop != self._stopping.stop:
+            self._stopping.begin(wishes.stop, wishes, now)
 
     def _tell_unguarded(self) -> None:
-        if self._stop is None:
+        if self._stopping.stop is None:
             self._journal.error(
                 "The supervisor (pid %d) is gone: the replica serves on, but a dispatcher that "
                 "dies or hangs is not replaced until a HUP or a new process brings a supervisor",
@@ -447,79 +440,10 @@ class Dispatcher:
     def _on_master_death(self, now: float) -> None:
         """Without a master nothing is restarted: finish what is in flight, and end."""
         self._epoll.unregister(self._frame.master_pidfd)
-        if self._stop is None:
+        if self._stopping.stop is None:
             self._journal.warning("The master is gone: finishing what is in flight, then leaving")
-            self._begin_stop(Stop(True, now + self._wishes.graceful_timeout), now)
-
-    def _pause_or_resume(self, pausing: bool, now: float) -> None:
-        """p is 0 after WINCH: what has come is finished, what comes is left to another master."""
-        self._paused = pausing
-        if pausing:
-            self._decisions.stop()
-            self._clients.pause(now + LAST_CALL)
-        else:
-            self._clients.resume()
-            self._perform(self._decisions.resume(now), now)
-
-    # A stop.
-
-    def _begin_stop(self, stop: Stop, now: float) -> None:
-        if self._stop is None:
-            self._decisions.stop()
-            last_call = min(LAST_CALL, self._wishes.graceful_timeout / 2)
-            self._clients.stop(now, now + last_call, self._wishes.shared)
-        self._stop = stop
-        if not stop.graceful:
-            self._ended = True
-
-    def _give_up_at(self, stop: Stop) -> float:
-        """When the rest is told that it is too late: a second before the end, or a quarter."""
-        return stop.deadline - min(1.0, self._wishes.graceful_timeout / 4)
-
-    def _next_of_stop(self) -> float:
-        if self._stop is None:
-            return math.inf
-        if self._given_up < 2:
-            return self._give_up_at(self._stop)
-        return self._stop.deadline + OVERTIME
-
-    def _go_on_stopping(self, stop: Stop, now: float) -> None:
-        if now >= self._give_up_at(stop) or self._is_alone:
-            self._give_up(now)
-        gone = self._clients.called and self._decisions.drained and not self._clients.connections
-        late = now >= stop.deadline + OVERTIME
-        self._ended = self._ended or late or (gone and not self._processes.links)
-
-    def _drain_if_done(self, now: float) -> None:
-        """Dismiss the processes once nothing is left that could become a request."""
-        if self._clients.called and not (self._decisions.drained or any(self._clients.pending())):
-            self._perform(self._decisions.drain(), now)
-
-    @property
-    def _is_alone(self) -> bool:
-        """Whether no process is left that could run anything."""
-        return not (self._wishes.live or self._processes.links)
-
-    def _give_up(self, now: float) -> None:
-        """Answer what waits, what has come in part, and what runs and has sent nothing.
-
-        The last in two turns: in the first its slots lose the right to begin a response.
-        """
-        self._given_up += 1
-        self._perform(self._decisions.give_up(), now)
-        self._clients.give_up(answers.OUT_OF_TIME, now)
-        for link in self._processes.links.values():
-            if link.silenced:
-                self._answer_for(link, now)
-            link.silenced = True
-            link.cells.silence()
-
-    def _answer_for(self, link: Link, now: float) -> None:
-        begun = link.cells.begun()
-        for request in self._decisions.processes[link.age].requests:
-            conn = None if begun.get(request) else self._requests.pop(request, None)
-            if conn is not None:
-                self._clients.answer(conn, answers.OUT_OF_TIME, now)
+            stop = Stop(True, now + self._wishes.graceful_timeout)
+            self._stopping.begin(stop, self._wishes, now)
 
     def _write_table(self) -> None:
         rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]

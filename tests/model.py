@@ -416,11 +416,11 @@ class Model:
         assert len(sent) == len(set(sent)) and not decisions.waiting.keys() & set(sent)
         assert not decisions.exempt.keys() & set(sent)
         assert decisions.in_flight == self.in_flight()
-        assert decisions.usable == len(self.usable())
-        assert decisions.booting == bool(self.loading())
-        assert decisions.cannot_load == bool(self.failed and self.cannot_load())
-        assert decisions.is_healthy == bool(self.usable() or self.loading())
+        assert len(decisions.roster.usable) == len(self.usable())
+        assert decisions.roster.booting == bool(self.loading())
+        assert decisions.roster.cannot_load == bool(self.failed and self.cannot_load())
+        assert decisions.roster.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
-        assert decisions.is_ready == ready
+        assert decisions.roster.is_ready == ready
         expiries = map(self._expiry, self.waiting + self.exempt)
         assert decisions.next_expiry() == min(expiries, default=math.inf)

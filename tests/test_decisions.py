@@ -192,7 +192,7 @@ def test_what_a_stalled_process_gives_back_goes_elsewhere_at_once_or_to_the_head
 def test_a_stalled_process_is_usable_and_ready_all_the_same():
     decisions = replica(1, 1)
     decisions.stalled(1)
-    assert decisions.is_ready and decisions.is_healthy
+    assert decisions.roster.is_ready and decisions.roster.is_healthy
 
 
 def test_after_a_restart_all_slots_count_as_busy_until_they_report():
@@ -218,7 +218,7 @@ def test_a_process_that_leaves_stays_until_its_successor_is_ready():
     assert decisions.leaving(1) == decisions.leaving(2) == []
     assert arrive(decisions, 1, 2) == [Send(1, 2), Send(2, 1)]
     assert decisions.registered(3, 1) == [Dismiss(1)]
-    assert decisions.usable == 2
+    assert len(decisions.roster.usable) == 2
     assert decisions.registered(4, 1) == [Dismiss(2)]
 
 
@@ -302,26 +302,26 @@ def test_at_the_end_of_a_stop_what_waits_is_refused():
 def test_ready_means_all_processes_once_and_then_any_until_a_stop_begins():
     decisions = Decisions(Rules(2, 1))
     join(decisions, 1, 1)
-    assert not decisions.is_ready
+    assert not decisions.roster.is_ready
     join(decisions, 2, 1)
-    assert decisions.is_ready
+    assert decisions.roster.is_ready
     decisions.died(1, (), 0.0)
-    assert decisions.is_ready
+    assert decisions.roster.is_ready
     decisions.died(2, (), 0.0)
-    assert not decisions.is_ready
+    assert not decisions.roster.is_ready
     decisions.registered(3, 1)
-    assert decisions.is_ready
+    assert decisions.roster.is_ready
     decisions.stop()
-    assert not decisions.is_ready
+    assert not decisions.roster.is_ready
 
 
 def test_a_process_counts_as_ready_when_all_its_slots_have_come_to_wait():
     decisions = Decisions(Rules(1, 2))
     decisions.registered(1, 2)
     decisions.freed(1, 0.0)
-    assert not decisions.is_ready
+    assert not decisions.roster.is_ready
     decisions.freed(1, 0.0)
-    assert decisions.is_ready
+    assert decisions.roster.is_ready
 
 
 def test_no_processes_wanted_is_not_all_processes_ready():
@@ -329,26 +329,26 @@ def test_no_processes_wanted_is_not_all_processes_ready():
     decisions.ruled(Rules(0, 1), [], 0.0)
     decisions.ruled(Rules(2, 1), [1, 2], 0.0)
     decisions.registered(1, 1)
-    assert not decisions.is_ready
+    assert not decisions.roster.is_ready
 
 
 def test_healthy_means_that_a_process_is_usable_or_on_its_way():
     decisions = Decisions(Rules(1, 1))
-    assert not decisions.is_healthy
+    assert not decisions.roster.is_healthy
     decisions.ruled(Rules(1, 1), [1], 0.0)
-    assert decisions.is_healthy and decisions.booting
+    assert decisions.roster.is_healthy and decisions.roster.booting
     decisions.registered(1, 1)
-    assert decisions.is_healthy and not decisions.booting
+    assert decisions.roster.is_healthy and not decisions.roster.booting
     decisions.died(1, (), 0.0)
     decisions.ruled(Rules(1, 1), [], 0.0)
-    assert not decisions.is_healthy
+    assert not decisions.roster.is_healthy
 
 
 def test_a_process_that_has_not_come_back_after_a_restart_is_on_its_way():
     decisions = Decisions(Rules(1, 1))
     decisions.expected(1, 1)
     decisions.ruled(Rules(1, 1), [1], 0.0)
-    assert decisions.is_healthy and not decisions.is_ready
+    assert decisions.roster.is_healthy and not decisions.roster.is_ready
 
 
 @pytest.mark.parametrize(
@@ -390,7 +390,7 @@ def test_nobody_is_dismissed_for_a_successor_that_could_not_load_the_app():
     assert decisions.leaving(1) == decisions.leaving(2) == []
     assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, failed=3) == []
     assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, failed=4) == []
-    assert decisions.usable == 2
+    assert len(decisions.roster.usable) == 2
 
 
 def test_those_who_stayed_leave_when_successors_can_load_again():
@@ -417,7 +417,7 @@ def test_after_a_pause_in_which_all_left_others_begin_what_comes():
     assert decisions.resume(0.0) == []
     assert join(decisions, 2, 1) == []
     assert arrive(decisions, 1) == [Send(1, 2)]
-    assert decisions.is_ready
+    assert decisions.roster.is_ready
 
 
 # A bound that is tried.

@@ -62,13 +62,13 @@ class Histories(RuleBasedStateMachine):
 
     # Clients and the clock.
 
-    @precondition(lambda self: not self.world.decisions.drained)
+    @precondition(lambda self: not self.world.decisions.roster.drained)
     @rule(count=few, patience=patience)
     def requests_arrive(self, count: int, patience: list[float]) -> None:
         for each in [*patience, *[math.inf] * count][:count]:
             self.world.arrive(each)
 
-    @precondition(lambda self: not self.world.decisions.drained)
+    @precondition(lambda self: not self.world.decisions.roster.drained)
     @rule(count=st.sampled_from([1, 1, 2, 3, 18]), patience=patience)
     def exempt_requests_arrive(self, count: int, patience: list[float]) -> None:
         for each in [*patience, *[math.inf] * count][:count]:
@@ -243,7 +243,7 @@ class Histories(RuleBasedStateMachine):
         if chance == 11:
             self.world.stop()
 
-    @precondition(lambda self: self.world.decisions.stopping)
+    @precondition(lambda self: self.world.decisions.roster.stopping)
     @rule()
     def the_end_of_a_stop_is_near(self) -> None:
         self.world.tell("give_up")
@@ -258,10 +258,12 @@ class Histories(RuleBasedStateMachine):
             return
         p = world.rules.processes
         assert not (p and (decisions.waiting or decisions.exempt)), "P1: a request waits for ever"
-        assert len(world.workers) == decisions.usable == p, "P7: one that was told to leave is here"
+        assert len(world.workers) == len(decisions.roster.usable) == p, (
+            "P7: one that was told to leave is here"
+        )
         assert decisions.processes.keys() == world.workers.keys()
         told = any(each.told for each in world.workers.values())
-        assert not told or decisions.cannot_load, "P7: one that was told to leave is here"
+        assert not told or decisions.roster.cannot_load, "P7: one that was told to leave is here"
 
     def teardown(self) -> None:
         global events

@@ -27,7 +27,7 @@ def replica(processes: int = 2, threads: int = 2, limit: float | None = LIMIT) -
 def succeed(decisions: Decisions, old: int, new: int, now: float) -> None:
     """A process has died; the master has another one, which comes."""
     decisions.died(old, (), now)
-    live = decisions.live - {old} | {new}
+    live = decisions.roster.live - {old} | {new}
     decisions.ruled(decisions.rules, live, now)
     join(decisions, new, decisions.rules.threads)
 

@@ -97,7 +97,7 @@ class Overtimes(RuleBasedStateMachine):
     def everything_settles(self) -> None:
         self.world.settle()
         assert self.world.decisions.running == 0
-        assert self.world.decisions.usable == self.world.rules.processes
+        assert len(self.world.decisions.roster.usable) == self.world.rules.processes
 
 
 def test_no_history_with_stuck_requests_breaks_a_promise() -> None:

@@ -92,7 +92,7 @@ class Replica:
         return client
 
     def requests(self) -> list[int]:
-        return list(self.dispatcher._requests)
+        return list(self.dispatcher.requests)
 
     def say(self, on: socket.socket, message: bytes, fds: list[int]) -> None:
         with suppress(OSError):

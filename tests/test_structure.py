@@ -20,7 +20,7 @@ DISPATCHER = {
     "actions", "answers", "arrival", "arriving", "channel", "chunks", "clients", "connection",
     "deadlines", "decisions", "dispatcher", "endings", "guard", "head", "heritage", "journal",
     "listeners", "machine", "overtime", "pages", "process", "processes", "rate", "ready_file",
-    "request_queue", "rest", "rules", "supervisor", "unpatched",
+    "request_queue", "rest", "roster", "rules", "stopping", "supervisor", "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 
@@ -42,7 +42,7 @@ def test_the_decisions_know_nothing_but_the_standard_library():
     standard = {
         "__future__", "bisect", "collections", "dataclasses", "enum", "math", "operator", "typing",
     }  # fmt: skip
-    ours = {"actions", "overtime", "process", "rate", "request_queue"}
+    ours = {"actions", "overtime", "process", "rate", "request_queue", "roster"}
     assert set().union(*map(imports, ours | {"decisions"})) <= standard | ours
 
 

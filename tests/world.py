@@ -288,7 +288,7 @@ class World:
         rules = self.page[0]
         rules = replace(rules, processes=max(1, rules.processes))
         self.decisions, self.model = Decisions(rules), Model(rules, was_ready)
-        self.decisions.was_ready = was_ready
+        self.decisions.roster.was_ready = was_ready
         for age, worker in self.table.items():
             self.tell("expected", age, worker.slots)
         self.read()
@@ -303,7 +303,7 @@ class World:
         self.table = {age: worker for age, worker in self.table.items() if worker.alive}
         for worker in self.unburied:
             worker.heard = True
-        self._be_born(self.decisions.was_ready)
+        self._be_born(self.decisions.roster.was_ready)
 
     def _lose_dispatcher(self, worker: Worker) -> None:
         for request in worker.mailbox + worker.reading:
@@ -321,9 +321,9 @@ class World:
         if paused:
             rules = self.decisions.rules
         self.tell("ruled", rules, live, self.now, self.failed)
-        if self.decisions.stopping and not (stopped or paused):
+        if self.decisions.roster.stopping and not (stopped or paused):
             self.tell("resume", self.now)
-        if (stopped or paused) and not self.decisions.stopping:
+        if (stopped or paused) and not self.decisions.roster.stopping:
             self.tell("stop")
 
     def hear_death(self, worker: Worker) -> None:
@@ -342,10 +342,12 @@ class World:
 
     def may_drain(self) -> bool:
         alive = ("waiting", "sent")
-        return self.decisions.stopping and not any(s in alive for s in self.requests.values())
+        return self.decisions.roster.stopping and not any(
+            s in alive for s in self.requests.values()
+        )
 
     def drain(self) -> None:
-        if self.may_drain() and not self.decisions.drained:
+        if self.may_drain() and not self.decisions.roster.drained:
             self.tell("drain")
 
     def tell(self, event: str, *arguments: Any) -> None:

@@ -1,0 +1,103 @@
+"""The processes of a replica: which may be sent requests, which are to leave, and when.
+
+Plain values, as in decisions.py, which they are a part of.
+
+1. At most p processes are usable: the newest that have the app loaded and are to stay.
+2. A process is dismissed once, and only while it can be spared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .actions import Action, Dismiss
+from .process import Process
+
+
+class Roster:
+    """All processes that are known, by age, of which `wanted` are to serve."""
+
+    def __init__(self, wanted: int) -> None:
+        self.wanted = wanted
+        self.processes: dict[int, Process] = {}
+        self.usable: list[Process] = []  # those that may be sent requests
+        self.was_ready = False  # all p were, once
+        self.stopping = False
+        self.drained = False
+        self.live: frozenset[int] = frozenset()
+        self._failed = 0
+
+    @property
+    def booting(self) -> bool:
+        """Whether the master has a process that has not registered with us yet."""
+        return bool(self.live - {each.age for each in self.processes.values() if each.registered})
+
+    @property
+    def cannot_load(self) -> bool:
+        """Whether the newest process that has tried to load the app could not."""
+        return self._failed > max(
+            (p.age for p in self.processes.values() if p.registered), default=0
+        )
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether readyz says 200: all p were ready once, one is usable, no stop has begun."""
+        return self.was_ready and bool(self.usable) and not self.stopping
+
+    @property
+    def is_healthy(self) -> bool:
+        """Whether healthz says 200: a process is usable, or one is on its way."""
+        return bool(self.usable) or self.booting
+
+    def told(self, wanted: int, live: Iterable[int], failed: int) -> None:
+        """The master's word: p, the ages of the processes it has forked, and of the newest
+        that could not load the app, which is known by the time it is not among the living."""
+        self.wanted = wanted
+        self.live = frozenset(live)
+        self._failed = failed
+
+    def changed(self) -> list[Action]:
+        """Processes or rules have changed: who leaves now, and who is usable."""
+        dismissed: list[Action] = []
+        for process in sorted(self.processes.values(), key=lambda each: each.age):
+            if self._wants_to_leave(process) and self.may_leave(process):
+                process.dismissed = True
+                dismissed.append(Dismiss(process.age))
+        present = sorted(self._present(), key=lambda each: each.age, reverse=True)
+        self.usable = present[: self.wanted]
+        self.see_whether_ready()
+        return dismissed
+
+    def see_whether_ready(self) -> None:
+        """The replica is ready once p processes have all their slots waiting, or working."""
+        if not self.was_ready:
+            complete = sum(each.is_complete for each in self.usable)
+            self.was_ready = complete >= self.wanted > 0
+
+    def may_leave(self, process: Process) -> bool:
+        """Whether a process that is told to leave can be spared.
+
+        Either p newer ones are ready; or no successor is loading, since gunicorn will fork
+        one only when this process has gone, and then one process leaves at a time. But not
+        while that one would not be able to load the app.
+        """
+        if self.stopping:
+            return self.drained
+        if self._is_replaced(process):
+            return True
+        enough = len(self._present()) >= self.wanted
+        return enough and not (self.booting or self.cannot_load)
+
+    def _present(self) -> list[Process]:
+        """Processes that have registered and have not been dismissed."""
+        return [p for p in self.processes.values() if p.registered and not p.dismissed]
+
+    def _wants_to_leave(self, process: Process) -> bool:
+        if process.dismissed or not process.registered:
+            return False
+        return process.leaving or self.drained or self._is_replaced(process)
+
+    def _is_replaced(self, process: Process) -> bool:
+        """Whether p newer ones are ready. The master has told it to leave; its app may not heed."""
+        newer = sum(each.age > process.age for each in self._present())
+        return newer >= self.wanted
