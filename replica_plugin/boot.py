@@ -13,7 +13,7 @@ from . import machine, overtime
 from .config.load import Loaded
 
 WORKERS = {
-    "thread": "replica_plugin.worker.ThreadWorker",
+    "thread": "replica_plugin.thread_worker.ThreadWorker",
     "gevent": "replica_plugin.gevent_worker.GeventWorker",
 }
 FALLBACKS = {"thread": "gthread", "gevent": "gevent"}

@@ -8,7 +8,7 @@ import signal
 import served_app
 
 from replica_plugin.channel import End, Kind, Report
-from replica_plugin.worker import ThreadWorker
+from replica_plugin.thread_worker import ThreadWorker
 
 
 def worker():

@@ -145,7 +145,7 @@ def test_a_changed_worker_class_is_refused_at_hup_and_serving_goes_on(start):
     reload(server)
     assert messages(server.log, "ERROR") == [
         "worker_class has changed, which needs a restart; "
-        "it stays replica_plugin.worker.ThreadWorker"
+        "it stays replica_plugin.thread_worker.ThreadWorker"
     ]
     server.wait_numbers(processes=1)
     assert server.get("/").status == 200

@@ -331,7 +331,8 @@ def test_a_users_own_nworkers_changed_does_not_let_pass_what_cannot_hold(start, 
 
 
 def test_a_worker_class_made_from_ours_is_treated_as_ours(start, stage):
-    own = "from replica_plugin.worker import ThreadWorker\nclass Own(ThreadWorker):\n    pass\n"
+    base = "from replica_plugin.thread_worker import ThreadWorker\n"
+    own = base + "class Own(ThreadWorker):\n    pass\n"
     server = start("-k", "own.Own", files={"own.py": own}, env={"STAGE": stage.path})
     assert messages(server.log, "WARNING") == []
     server.wait_numbers(processes=1)
@@ -364,7 +365,7 @@ def test_a_broken_yaml_ends_both_forms_with_the_same_text_before_they_listen(sta
 # Without a dispatcher.
 
 DEAF = """
-from replica_plugin.worker import ThreadWorker
+from replica_plugin.thread_worker import ThreadWorker
 class Deaf(ThreadWorker):
     @classmethod
     def check_config(cls, cfg, log):
@@ -385,7 +386,7 @@ def test_a_worker_that_finds_no_dispatcher_refuses_to_boot_and_names_the_hook(st
 
 
 def test_our_worker_class_alone_is_enough_and_the_conflict_is_logged(start, stage):
-    worker = "replica_plugin.worker.ThreadWorker"
+    worker = "replica_plugin.thread_worker.ThreadWorker"
     server = start("-k", worker, base=(), config={"processes_per_replica": 2})
     assert messages(server.log, "WARNING") == [
         "Conflict: gunicorn's workers (1) wins over processes_per_replica: 2 (replica.yaml:1)"

@@ -168,7 +168,7 @@ def test_looking_at_the_configuration_starts_nothing_and_leaves_nothing(start, o
     assert not ended.listened
     assert list(ended.folder.iterdir()) == []
     lines = [line.split() for line in ended.output.splitlines()]
-    wanted = ["worker_class", "=", "replica_plugin.worker.ThreadWorker"]
+    wanted = ["worker_class", "=", "replica_plugin.thread_worker.ThreadWorker"]
     assert (wanted in lines) == (option == "--print-config")
 
 

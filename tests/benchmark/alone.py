@@ -51,7 +51,7 @@ QUIET = {"loglevel": "error"}
 def slot() -> Callable[[int], None]:
     """What has a slot serve its nth request, of the app without Flask, kept alive."""
     config = Config()
-    config.set("worker_class", "replica_plugin.worker.ThreadWorker")
+    config.set("worker_class", "replica_plugin.thread_worker.ThreadWorker")
     config.set("threads", 2)
     settled = Settled(config)
     worker: Any = SimpleNamespace(

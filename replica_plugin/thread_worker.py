@@ -1,0 +1,92 @@
+"""The worker class of thread mode: t threads are the slots.
+
+With t = 1 the slot is the main thread, so that the app sees one thread only, and the attendant
+is a thread beside it that runs no code of the app. With t > 1 the attendant is the main thread.
+"""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from typing import Any
+
+from .channel import ProcessEnd
+from .overdue import Interrupter, MainInterrupter, ThreadInterrupter
+from .slot import Slot
+from .worker import TURN, ReplicaWorker
+
+
+class ThreadWorker(ReplicaWorker):
+    """The worker class of thread mode."""
+
+    may_have_extra = True
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._change = threading.Condition()
+        self._busy_with: dict[int, bool] = {}
+        self._busy_since = 0.0
+
+    def _interrupter(self) -> Interrupter:
+        return MainInterrupter() if self.cfg.threads == 1 else ThreadInterrupter()
+
+    def _serve(self, slots: list[Slot]) -> None:
+        if len(slots) == 1:
+            threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
+            self._run_slot(slots[0])
+            return
+        for index, slot in enumerate(slots):
+            name = f"replica-slot-{index}"
+            threading.Thread(target=self._run_slot, args=(slot,), name=name, daemon=True).start()
+        self._attend()
+
+    def _run_slot(self, slot: Slot) -> None:
+        try:
+            slot.run()
+        except Exception:
+            self.log.exception("A slot failed")
+        finally:
+            with self._change:
+                self._working -= 1
+            self._wake_attendant()
+
+    def await_channel(self) -> ProcessEnd | None:
+        with self._change:
+            while self.serving and self._channel is None:
+                self._change.wait(TURN)
+            return self._channel if self.serving else None
+
+    def lost(self, channel: ProcessEnd) -> None:
+        with self._change:
+            if self._channel is channel:
+                self._channel = None
+
+    def _found(self, sock: socket.socket) -> None:
+        with self._change:
+            self._channel = ProcessEnd(sock)
+            self._change.notify_all()
+        if self._leaving_since is not None:
+            self._say_leaving()
+
+    def _on_death(self, sock: socket.socket) -> None:
+        with self._change:
+            self._channel = None
+
+    def _end(self) -> None:
+        with self._change:
+            self.serving = False
+            self._change.notify_all()
+
+    def _is_stuck(self) -> bool:
+        """With t = 1, whether a request is older than `timeout`.
+
+        So `timeout` protects from a stuck request with t = 1, as it does in the sync worker;
+        with t > 1 it watches the process, as it does in gthread.
+        """
+        if self.cfg.threads > 1:
+            return False
+        now, busy = time.monotonic(), self._cells.begun()
+        if not busy or busy.keys() != self._busy_with.keys():
+            self._busy_with, self._busy_since = busy, now
+        return bool(0 < self.cfg.timeout < now - self._busy_since)
