@@ -37,7 +37,7 @@ from .listeners import Listener, Listeners
 from .rules import Serving
 
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
-_LEFT = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+LEFT: int = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 HEAD_KEPT = 1 << 14  # bytes of a waiting request's head: for an answer, and the log
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -109,7 +109,7 @@ class Clients:
     def on_event(self, conn: Connection, mask: int, now: float) -> None:
         """epoll has something to say about a connection."""
         conn.touched = True
-        if mask & _LEFT:
+        if mask & LEFT:
             conn.hung_up = True
         if conn.state is State.ARRIVING:
             self._arriving.on_event(conn, now)

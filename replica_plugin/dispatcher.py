@@ -4,9 +4,10 @@
 
 It runs no user code, and joins three parts that do not know each other: clients (sockets
 and bytes), decisions (plain values) and processes (channels). Each turn of its loop takes
-first what the master wants, so that a stop comes before requests that came after it; then events
-of clients, so that one that has left is not run; then those of processes and listeners; then,
-every few milliseconds, what is due.
+first what the master wants, so that a stop comes before requests that came after it; then clients
+that wait no longer, so that they are not run; then what processes say, so that no request is
+refused while a slot is free; then what has come from clients, from new ones last; and, every few
+milliseconds, what is due.
 
 It reads the master's page when nudged, tells the replica's page at least once a second that
 it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
@@ -27,8 +28,8 @@ from dataclasses import dataclass, replace
 from . import answers
 from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
 from .channel import Address, Adopt, Job, Kind, Report, decode_stall
-from .clients import Clients
-from .connection import Connection
+from .clients import LEFT, Clients
+from .connection import Connection, State
 from .decisions import Decisions
 from .guard import Guard
 from .head import Head
@@ -116,19 +117,25 @@ class Dispatcher:
         if self._frame.nudge in dict(events):
             self._on_nudge(now)
         connections = self._clients.connections
-        others = []
-        for event in events:
-            conn = connections.get(event[0])
+        arrivals, others, rare = [], [], []
+        for fd, mask in events:
+            conn = connections.get(fd)
             if conn is None:
-                others.append(event)
+                others.append((fd, mask))
+            elif mask & LEFT and conn.state is State.WAITING:
+                self._clients.on_event(conn, mask, now)
             else:
-                self._clients.on_event(conn, event[1], now)
+                arrivals.append((conn, mask))
         for fd, mask in others:
             link = self._processes.by_channel.get(fd)
             if link is None:
-                self._on_rare(fd, mask, now)
+                rare.append((fd, mask))
             else:
                 self._processes.on_channel(link, mask, now)
+        for conn, mask in arrivals:
+            self._clients.on_event(conn, mask, now)
+        for fd, mask in rare:
+            self._on_rare(fd, mask, now)
 
     def _on_rare(self, fd: int, mask: int, now: float) -> None:
         if fd in self._clients.listeners:

@@ -1,0 +1,152 @@
+"""In which order the dispatcher sees to what has happened since its last turn."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import suppress
+
+import pytest
+
+from replica_plugin import channel
+from replica_plugin.channel import End, Job, Kind, Report
+from replica_plugin.decisions import Rules
+from replica_plugin.dispatcher import Dispatcher, Frame
+from replica_plugin.journal import Journal
+from replica_plugin.pages import Cells, LoadPage, MasterPage, ReplicaPage
+from replica_plugin.rules import Privileges, Serving, Wishes
+
+LOGGING = {"loglevel": "error"}
+TURNS = 5
+
+
+class Replica:
+    """A dispatcher in this process, of 1 x 1, bound 2; the test is its process and its clients."""
+
+    def __init__(self) -> None:
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.listener.setblocking(False)
+        control, self._writing = channel.control_pair()
+        self.page = ReplicaPage()
+        nudge, master = os.eventfd(0, os.EFD_NONBLOCK), os.pidfd_open(os.getppid())
+        wishes = Wishes(
+            rules=Rules(bound=2), serving=Serving(), live=(1,), most_threads=1,
+            graceful_timeout=30.0, privileges=Privileges(os.getuid(), os.getgid(), False),
+            logging=LOGGING,
+        )  # fmt: skip
+        pages = MasterPage(), self.page, LoadPage()
+        frame = Frame((self.listener,), control, *pages, nudge, master, os.getppid())
+        self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
+        self.process, theirs = channel.pair()
+        offer = channel.Register(age=1, slots=1, again=False, leaving=False)
+        cells = Cells(1)
+        channel.send_register(
+            self._writing, offer, theirs.fileno(), cells.fd, os.pidfd_open(os.getpid())
+        )
+        self.turn()
+        assert self.receive() == channel.WELCOME
+        self.process.send(channel.FREE)
+        self.dispatcher.turn()
+
+    def turn(self) -> None:
+        """Until all that was there is seen to."""
+        for _ in range(TURNS):
+            self.dispatcher._tick_at = 0.0  # do not wait
+            self.dispatcher.turn()
+
+    def receive(self) -> bytes:
+        """What the process is told; nothing if there is nothing."""
+        with suppress(BlockingIOError):
+            data, fds = channel.receive_now(self.process)
+            channel.close_all(fds)
+            return data
+        return b""
+
+    def job(self) -> Job | None:
+        data = self.receive()
+        return channel.decode_job(data) if data else None
+
+    def done(self, job: Job | None) -> None:
+        assert job is not None
+        self.process.send(Report(Kind.DONE, job.request, End.CLOSE).encode())
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.listener.getsockname())
+
+    def client(self) -> socket.socket:
+        """One whose connection is known."""
+        client = self.connect()
+        self.turn()
+        return client
+
+
+@pytest.fixture
+def replica() -> Iterator[Replica]:
+    replica = Replica()
+    yield replica
+    for conn in list(replica.dispatcher._clients.connections.values()):
+        conn.sock.close()
+    for sock in (replica.listener, replica.process):
+        sock.close()
+
+
+def ask(client: socket.socket) -> None:
+    client.send(b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+
+
+def address(job: Job | None) -> object:
+    return job and job.client
+
+
+def test_a_request_is_not_refused_while_a_report_lies_there(replica):
+    first, second, third = (replica.client() for _ in range(3))
+    ask(first)
+    ask(second)
+    replica.turn()
+    job = replica.job()
+    ask(third)
+    replica.done(job)
+    replica.turn()
+    assert address(replica.job()) == second.getsockname()
+    third.setblocking(False)
+    with pytest.raises(BlockingIOError):
+        third.recv(1)
+
+
+def test_a_client_that_has_left_is_not_run_though_a_slot_became_free_before(replica):
+    first, second = replica.client(), replica.client()
+    ask(first)
+    ask(second)
+    replica.turn()
+    replica.done(replica.job())
+    second.close()
+    replica.turn()
+    assert replica.job() is None
+
+
+def test_a_request_on_a_known_connection_comes_before_one_on_a_new_connection(replica):
+    known = replica.client()
+    new = replica.connect()
+    ask(new)
+    ask(known)
+    replica.turn()
+    job = replica.job()
+    assert address(job) == known.getsockname()
+    replica.done(job)
+    replica.turn()
+    assert address(replica.job()) == new.getsockname()
+
+
+def test_a_client_that_sends_nothing_more_overtakes_nobody(replica):
+    first, second = replica.client(), replica.client()
+    ask(first)
+    ask(second)
+    second.shutdown(socket.SHUT_WR)
+    replica.turn()
+    assert address(replica.job()) == first.getsockname()
+
+
+def test_the_page_says_ready_as_soon_as_readyz_does(replica):
+    assert replica.dispatcher._decisions.roster.is_ready
+    assert replica.page.read().was_ready
