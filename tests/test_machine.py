@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,8 @@ def test_a_dispatcher_out_of_descriptors_waits_without_spinning_and_recovers(poo
 
 def test_a_dispatcher_without_any_descriptor_recovers(poor):
     pid = poor.dispatcher
+    now = time.monotonic()  # numbers of before may not count the fixture's connection yet
+    wait_for(lambda: poor.numbers().beat > now, "new numbers")
     poor.wait_numbers(connections=0)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid), 80))
     late = poor.connect().ask("/hello")

@@ -50,7 +50,7 @@ def close(clients: list[Client]) -> None:
         client.close()
 
 
-@pytest.mark.parametrize("kept", [False, True], ids=["new", "kept"])
+@pytest.mark.parametrize(("which", "kept"), [(0, False), (1, True)], ids=["tcp-new", "unix-kept"])
 def test_a_pair_that_keeps_the_gil_runs_in_different_processes_in_every_round(replica, which, kept):
     idle = partial(replica.wait_numbers, running=0)
     assert burn_in_pairs(replica, which, kept, idle) == [True] * ROUNDS

@@ -29,6 +29,13 @@ def hurried(module_start):
     return module_start("--access-logfile", "access.log", config=config, bind=BOTH)
 
 
+@pytest.fixture(scope="module")
+def strict(module_start):
+    """Small heads only, and idle connections for a second."""
+    limits = ("--limit-request-fields", "10", "--limit-request-field_size", "100")
+    return module_start("--keep-alive", "1", *limits, config=ONE, bind=BOTH)
+
+
 @pytest.fixture
 def stage(replica, module_start) -> Iterator[Stage]:
     replica.wait_numbers(running=0, waiting=0, connections=0)
@@ -314,10 +321,8 @@ def test_clients_that_never_read_their_pipelined_answers_do_not_keep_the_slot(hu
     assert hurried.get("/hello", which).status == 200
 
 
-def test_a_giant_head_is_refused_without_a_slot(module_start, which):
-    limits = ("--limit-request-fields", "10", "--limit-request-field_size", "100")
-    server = module_start(*limits, config=ONE, bind=BOTH)
-    with server.connect(which) as client:
+def test_a_giant_head_is_refused_without_a_slot(strict, which):
+    with strict.connect(which) as client:
         client.send("GET /hello HTTP/1.1\r\nHost: test\r\n" + "X: y\r\n" * 2000)
         reply = client.reply()
         assert reply.status == 431
@@ -330,18 +335,16 @@ def test_a_giant_head_is_refused_without_a_slot(module_start, which):
 
 @pytest.mark.parametrize(("fields", "status"), [(40, 200), (150, 431)])
 def test_a_head_larger_than_the_kernels_buffer_is_judged_as_one_that_is_not(
-    module_start, fields, status
+    replica, fields, status
 ):
-    server = module_start(config=ONE)
     head = "".join(f"X-{n}: {'x' * 8000}\r\n" for n in range(fields))
-    with server.connect() as client:
+    with replica.connect() as client:
         client.send(f"GET /hello HTTP/1.1\r\nHost: test\r\n{head}\r\n")
         assert client.reply().status == status
 
 
-def test_an_idle_connection_is_closed_after_keepalive(module_start, which):
-    server = module_start("--keep-alive", "1", config=ONE, bind=BOTH)
-    with server.connect(which) as client:
+def test_an_idle_connection_is_closed_after_keepalive(strict, which):
+    with strict.connect(which) as client:
         began = time.monotonic()
         assert client.get("/hello").status == 200
         assert client.is_closed()
