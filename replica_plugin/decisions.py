@@ -290,7 +290,12 @@ class Decisions:
 
     def tick(self, now: float) -> list[Action]:
         """Refuse what has waited long enough, see to what runs for longer than
-        `request_timeout`, and start what a change of processes allows."""
+        `request_timeout`, and start what a change of processes allows.
+
+        Two changes make room and start nothing: one that was `expected` registers with fewer busy
+        slots than that; and in a stop one that is blocked is ended because of stuck requests, so
+        that an older one is usable again.
+        """
         limit = self.rules.wait_limit
         late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
         overdue = self._see_to_overdue(now) if self._overtime or self._stuck else []

@@ -291,6 +291,9 @@ class Dispatcher:
     def on_sendable(self, link: Link, now: float) -> None:
         self.perform(self._decisions.sendable(link.age, now), now)
 
+    def on_undeliverable(self, error: OSError) -> None:
+        self._journal.undeliverable(error, time.monotonic())
+
     def may_have(self, slots: int) -> bool:
         """What the master says last, of which the nudge may still be on its way."""
         if slots > self._wishes.most_threads:

@@ -99,6 +99,14 @@ class Journal:
         """No more connections can be accepted for now."""
         self._warn("Out of descriptors: connections wait in the backlog (see ulimit -Hn)", now)
 
+    def undeliverable(self, error: OSError, now: float) -> None:
+        """The kernel takes no message to a process for now, though it has room for it."""
+        self._warn(
+            f"Requests wait, since none can be handed to a process: {error.strerror} (memory is "
+            "short, or all programs of this user have more descriptors under way than ulimit -n)",
+            now,
+        )
+
     def cut_off(self, now: float) -> None:
         """A client has taken nothing of its response for too long."""
         self._warn("A client took nothing for send_timeout: cut off", now)

@@ -44,7 +44,7 @@ from .pages import DUMP, Cells
 
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
-_FULL = (errno.EAGAIN, errno.ENOBUFS, errno.ETOOMANYREFS)
+_SHORTAGE = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
 _STREAMS = (0, socket.IPPROTO_TCP, 262)  # Unix, TCP and MPTCP
 
 
@@ -61,6 +61,7 @@ class Link:
     pidfd: int
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
+    short: bool = False  # nor could one, for want of something that is not the channel's
     leave_due: bool = False
     stalled: bool = False  # as the dispatcher was told last
     busy: int = 0  # how many jobs it was sent, and has not reported done
@@ -73,6 +74,7 @@ class Office(Protocol):
     def on_registered(self, link: Link, again: bool, leaving: bool) -> None: ...
     def on_report(self, link: Link, report: Report, now: float) -> None: ...
     def on_sendable(self, link: Link, now: float) -> None: ...
+    def on_undeliverable(self, error: OSError) -> None: ...
     def on_stall(self, link: Link, now: float) -> None: ...
     def may_have(self, slots: int) -> bool: ...
     def on_nonsense(self, link: Link) -> None: ...
@@ -105,8 +107,12 @@ class Processes:
         """Tell of processes whose hub has stopped turning, and of those where it turns again.
 
         Their cells say it and no message, which a thread without the GIL could not send.
+        And try again what the kernel was too short of something to deliver.
         """
         for link in self.links.values():
+            if link.short:
+                link.short = False
+                self._on_room(link, now)
             if link.cells.has_stalled(now) is not link.stalled:
                 link.stalled = not link.stalled
                 self._office.on_stall(link, now)
@@ -281,14 +287,22 @@ class Processes:
             signal.pidfd_send_signal(self.links[age].pidfd, number)
 
     def _on_full(self, link: Link, error: OSError) -> None:
-        """Wait for room; if the channel is gone, the process's death will tell."""
-        if link.open and not link.full and error.errno in _FULL:
+        """Wait for room; if the channel is gone, the process's death will tell.
+
+        A channel has room all the time while memory is short, or while too many descriptors of
+        this user's are under way, whoever has sent them: `watch` tries again.
+        """
+        if error.errno in _SHORTAGE:
+            link.short = True
+            self._office.on_undeliverable(error)
+        elif link.open and not link.full and error.errno == errno.EAGAIN:
             link.full = True
             self._epoll.modify(link.channel.fileno(), select.EPOLLIN | select.EPOLLOUT)
 
     def _on_room(self, link: Link, now: float) -> None:
+        if link.full and link.open:
+            self._epoll.modify(link.channel.fileno(), select.EPOLLIN)
         link.full = False
-        self._epoll.modify(link.channel.fileno(), select.EPOLLIN)
         if link.leave_due:
             link.leave_due = False
             self.dismiss(link.age)

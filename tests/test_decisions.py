@@ -212,6 +212,16 @@ def test_after_a_restart_all_slots_count_as_busy_until_they_report():
 # Leaving.
 
 
+def test_room_that_is_found_when_a_process_registers_again_is_used_at_the_next_tick():
+    decisions = Decisions(Rules(1, 1))
+    decisions.expected(1, 1)
+    decisions.ruled(Rules(1, 1), (1, 2), 0.0)
+    join(decisions, 2, 1)
+    assert arrive(decisions, 1) == []
+    assert decisions.registered(1, 1) == [Dismiss(1)]
+    assert decisions.tick(0.0) == [Send(1, 2)]
+
+
 def test_a_process_that_leaves_stays_until_its_successor_is_ready():
     decisions = replica(2, 1)
     decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 from server import Server, wait_for
@@ -160,3 +162,34 @@ def test_a_folder_nobody_may_write_in_is_enough(launch, install):
     assert messages(server.log, "WARNING") == messages(server.log, "ERROR") == []
     server.stop()
     assert list(folder.iterdir()) == []
+
+
+FLOOD = """
+import array, socket, sys
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+for _ in range(10):
+    rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [0] * 50))
+    ours.sendmsg([b"flood"], [rights])
+print("under way", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_requests_wait_while_another_program_of_nobodys_has_too_many_descriptors_under_way(
+    launch, install
+):
+    command = ("prlimit", "--nofile=300:300", *install.command)
+    nobody = {"user": install.uid, "group": install.gid, "extra_groups": []}
+    server = launch(command=command, **nobody)
+    flood = subprocess.Popen(
+        [install.command[0], "-c", FLOOD], stdin=PIPE, stdout=PIPE, cwd="/", **nobody
+    )
+    try:
+        assert flood.stdout.readline() == b"under way\n"
+        waiting = server.later("/hello")
+        server.wait_log("Requests wait, since none can be handed to a process: Too many references")
+        server.wait_numbers(waiting=1, running=0)
+        assert server.get("/-/readyz").status == 200
+    finally:
+        flood.communicate()
+    assert waiting.result().status == 200
