@@ -41,7 +41,7 @@ def holds_all_slots(server: Server, stage: Stage, which: int, count: int = 4) ->
 
 
 def test_a_killed_process_costs_what_it_was_running_and_nothing_else(start, stage, which):
-    server = start(config=TWO, bind=BOTH)
+    server = start("--keep-alive", "20", config=TWO, bind=BOTH)
     with server.connect(which) as idle, server.connect(which) as half:
         assert idle.get("/hello").status == 200
         half.send("GET /hel")
