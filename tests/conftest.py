@@ -122,3 +122,12 @@ def module_start(tmp_path_factory: pytest.TempPathFactory, mode: str) -> Iterato
 def which(request: pytest.FixtureRequest) -> int:
     """Which of a server's binds, if it has both."""
     return int(request.param)
+
+
+@pytest.fixture
+def which_by_mode(mode: str) -> int:
+    """TCP in thread mode, the Unix socket in gevent mode: for a module, as its `which`, whose tests
+    start a server each. Only slots know of modes, so that four pairs would repeat what two show;
+    the tests of HTTP, with servers they share, have all four.
+    """
+    return int(mode == "gevent")
