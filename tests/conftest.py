@@ -25,6 +25,12 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return 2 * (os.cpu_count() or 1)
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow ones first: others fill the CPUs meanwhile, and nobody waits for one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 class Starter:
     """Starts servers with a stage of their own, and stops them."""
 
@@ -122,3 +128,12 @@ def module_start(tmp_path_factory: pytest.TempPathFactory, mode: str) -> Iterato
 def which(request: pytest.FixtureRequest) -> int:
     """Which of a server's binds, if it has both."""
     return int(request.param)
+
+
+@pytest.fixture
+def which_by_mode(mode: str) -> int:
+    """TCP in thread mode, the Unix socket in gevent mode: for a module, as its `which`, whose tests
+    start a server each. Only slots know of modes, so that four pairs would repeat what two show;
+    the tests of HTTP, with servers they share, have all four.
+    """
+    return int(mode == "gevent")

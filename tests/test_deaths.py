@@ -7,10 +7,12 @@ import os
 import signal
 
 import pytest
+from conftest import which_by_mode
 from server import BOTH, IN_BOTH_MODES, Client, Load, Server, wait_for
 from stage import Stage
 
 pytestmark = IN_BOTH_MODES
+which = which_by_mode
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
@@ -41,7 +43,7 @@ def holds_all_slots(server: Server, stage: Stage, which: int, count: int = 4) ->
 
 
 def test_a_killed_process_costs_what_it_was_running_and_nothing_else(start, stage, which):
-    server = start(config=TWO, bind=BOTH)
+    server = start("--keep-alive", "20", config=TWO, bind=BOTH)
     with server.connect(which) as idle, server.connect(which) as half:
         assert idle.get("/hello").status == 200
         half.send("GET /hel")

@@ -301,5 +301,5 @@ def test_no_history_breaks_a_promise() -> None:
 
 @pytest.mark.slow
 def test_no_history_that_is_twice_as_long_breaks_a_promise() -> None:
-    """Some 150,000 events, beside the 80,000 of the shorter histories."""
-    run(EXAMPLES, 2 * STEPS)
+    """Some 75,000 events, beside the 80,000 of the shorter histories."""
+    run(EXAMPLES // 2, 2 * STEPS)

@@ -7,10 +7,12 @@ import os
 import signal
 
 import pytest
+from conftest import which_by_mode
 from server import BOTH, IN_BOTH_MODES, STOCK, Load, Pending, Server, wait_for
 from stage import Stage
 
 pytestmark = IN_BOTH_MODES
+which = which_by_mode
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 

@@ -16,17 +16,21 @@ from server import environment
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "_build", "__pycache__", "build", "dist", "*.egg-info")
+PIP = (sys.executable, "-m", "pip")  # that of an environment is slow to be installed
 DEADLINE = 300
+# What is imported is compiled once, and not in each process: scikit-learn takes long.
+ENV = {"PYTHONPATH": None, "PYTHONDONTWRITEBYTECODE": None}
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def wheel(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy of the checkout, since a build leaves things behind."""
-    source = Path(shutil.copytree(ROOT, tmp_path / "source", ignore=LEFT_OUT))
-    run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, source)
-    (built,) = tmp_path.glob("*.whl")
+    folder = tmp_path_factory.mktemp("wheel")
+    source = Path(shutil.copytree(ROOT, folder / "source", ignore=LEFT_OUT))
+    run(*PIP, "wheel", "-q", "--no-deps", "-w", folder, source)
+    (built,) = folder.glob("*.whl")
     shutil.rmtree(source)
     return built
 
@@ -36,7 +40,7 @@ def run(*command: str | Path) -> str:
     done = subprocess.run(
         command,
         cwd="/",
-        env=environment({"PYTHONPATH": None}),
+        env=environment(ENV),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -68,8 +72,8 @@ def test_wheel_in_an_empty_environment_shows_the_demo_and_serves(
     wheel: Path, tmp_path: Path, start: Starter
 ) -> None:
     commands = tmp_path / "empty" / "bin"
-    run(sys.executable, "-m", "venv", commands.parent)
-    run(commands / "pip", "install", "-q", "--no-compile", f"{wheel}[demo]")
+    run(sys.executable, "-m", "venv", "--without-pip", commands.parent)
+    run(*PIP, "--python", commands / "python", "install", "-q", "--no-compile", f"{wheel}[demo]")
 
     shown = run(commands / "replica-plugin", "demo")
     assert "4 began at once" in " ".join(shown.split())
@@ -78,7 +82,7 @@ def test_wheel_in_an_empty_environment_shows_the_demo_and_serves(
         command=(str(commands / "gunicorn"),),
         app="replica_plugin.demo.app:app",
         config={"processes_per_replica": 2},
-        env={"PYTHONPATH": None},
+        env=ENV,
     )
     assert "Replica: 2 processes x 1 thread" in server.log
     assert server.get("/-/readyz").body == b"ready\n"
