@@ -35,6 +35,7 @@ class Watcher:
     def __init__(self, server: Server, ledger: Ledger, folder: Path, limits: Limits) -> None:
         self.causes: dict[int, str] = {}  # pid to what was done to it
         self.exceeded: list[str] = []
+        self.masters = 1  # each of which may have as much as the settings say
         self._server = server
         self._ledger = ledger
         self._events = open(folder / "events")
@@ -182,7 +183,8 @@ class Watcher:
         self._ledger.bounds.update(r.bound for r in drained)
         self._ledger.largest_cap = max(self._ledger.largest_cap, cap)
         processes = max(r.processes for r in possible)
-        self._limits.write(cap, processes, max(r.bound for r in drained))
+        bound = max(r.bound for r in drained)
+        self._limits.write(self.masters * cap, self.masters * processes, bound)
 
 
 class Usage(NamedTuple):
