@@ -48,15 +48,14 @@ def kill_master(scene: Scene) -> list[str]:
 def upgrade(scene: Scene) -> list[str]:
     """USR2 and a way back, then USR2 and the end of the old master; no client notices."""
     found = []
-    new = _second_master(scene)
+    new, times = _second_master(scene), scene.ledger.times
+    scene.ledger.stopped_at = time.monotonic() + times.drain  # what is idle or silent is closed
     scene.signal(new, signal.SIGTERM, "new master")
     pid = scene.server.process.pid
     wait_for(lambda: new not in scene.server.children(pid), "the new master's end", 60.0)
     wait_for(lambda: not (scene.server.folder / "pid.2").exists(), "its pidfile's end")
     new = _second_master(scene)
-    scene.ledger.stopped_at = time.monotonic()  # kept connections may be closed
     scene.to_master(signal.SIGTERM)
-    times = scene.ledger.times
     found += _exit(scene, times.drain + times.graceful + MOMENT)
     time.sleep(1.0)  # under clients
     scene.ledger.refuses_at = time.monotonic() + times.drain
