@@ -108,7 +108,7 @@ class ChaosRun:
         log = scene.server.log
         found += self._start_again(scene)
         self.ledger.read_runs((self._folder / "events").read_text().splitlines())
-        found += scene.watcher.unasked() + scene.watcher.exceeded + scene.crowd.errors
+        found += scene.watcher.unasked() + scene.watcher.exceeded() + scene.crowd.errors
         judge = Judge(self.ledger)
         found += checks.tracebacks(log)
         found += checks.unexplained(log, judge.doomed() | scene.watcher.causes.keys())
