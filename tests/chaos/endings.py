@@ -101,6 +101,7 @@ def _gone_soon(scene: Scene) -> list[str]:
 def _second_master(scene: Scene) -> int:
     """USR2, until the new master's processes serve."""
     scene.watcher.masters = 2
+    scene.ledger.doubled_at = scene.ledger.doubled_at or time.monotonic()
     scene.expect(scene.watcher.rules, signal.SIGUSR2)
     path, count = scene.server.folder / "pid.2", scene.watcher.rules.processes
     new = int(wait_for(lambda: path.exists() and path.read_text().strip(), "its pidfile"))

@@ -136,6 +136,8 @@ class Judge:
         """Whether it waited for long, and nothing happened meanwhile that hides the order."""
         if run.began - entry.sent_at < 2 * MOMENT or "severed" in entry.traits:
             return False
+        if 0 < self.ledger.doubled_at < run.began:
+            return False
         hiding = [d.at for d in self.ledger.deaths] + [at for at, _ in self.ledger.lags]
         hiding += [at for at, what in self.ledger.story if what.startswith("SIG")]
         first, last = entry.sent_at - MOMENT, run.began + MOMENT
@@ -254,9 +256,10 @@ def late(case: Case) -> bool:
 
 
 def overran(case: Case) -> bool:
-    """Whether it ran for longer than request_timeout, as the app saw it."""
+    """Whether it ran for longer than request_timeout, as the app saw it, or was sent for longer."""
+    sent = case.entry.ended_at if case.entry.action == "large" else 0.0
     return any(
-        (run.ended or case.judge.died_at(run.pid) or case.entry.ended_at) - run.began
+        max(run.ended or case.judge.died_at(run.pid) or case.entry.ended_at, sent) - run.began
         > case.times.request - MOMENT
         for run in case.runs
     )
