@@ -141,6 +141,8 @@ class Judge:
         hiding = [d.at for d in self.ledger.deaths] + [at for at, _ in self.ledger.lags]
         hiding += [at for at, what in self.ledger.story if what.startswith("SIG")]
         first, last = entry.sent_at - MOMENT, run.began + MOMENT
+        if any(first - BIRTH < birth < last for birth in self.ledger.births):
+            return False
         return not any(first < at < last for at in hiding) and not self.was_held(run, entry)
 
     def overtaken(self, entry: Entry) -> bool:
