@@ -1,4 +1,4 @@
-"""The chaos suite, for half a minute; and that its ledger and its app find what is wrong."""
+"""The chaos suite, for some seconds; and that its ledger and its app find what is wrong."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PROCESS, DISPATCHER = 100, 200  # pids
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["thread", "gevent"])
-def test_half_a_minute_of_chaos_is_accounted_for(mode):
-    command = [sys.executable, str(TESTS / "chaos"), "--minutes", "0.3", "--mode", mode]
+def test_some_seconds_of_chaos_is_accounted_for(mode):
+    command = [sys.executable, str(TESTS / "chaos"), "--minutes", "0.05", "--mode", mode]
     run = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=LONGEST
     )
@@ -191,6 +191,51 @@ def test_an_idle_connection_is_not_closed_before_keepalive_has_passed(ledger, en
     entry.idle_since = 9.0
     assert problems(ledger) == ["no rule allows: closed"]
     entry.idle_since = 8.0
+    assert problems(ledger) == []
+
+
+def test_a_request_is_not_overtaken_by_one_that_was_ready_later(ledger, entry):
+    """Unless something happened meanwhile that hides which came first."""
+    entry.sent_at, entry.ended_at = 10.0, 12.5
+    answered(entry)
+    run(ledger, entry, 12.0, 12.1)
+    other = ledger.open("plain", "nap", "5")
+    other.connected_at = other.began_at = other.sent_at = 10.5
+    other.ended_at = 11.5
+    answered(other)
+    run(ledger, other, 11.0, 11.1)
+    assert problems(ledger) == ["overtaken by one that was ready later"]
+    ledger.deaths = [Death("process", PROCESS + 1, 11.2, "SIGKILL")]
+    assert problems(ledger) == []
+
+
+def test_requests_begin_soon_after_the_death_of_a_dispatcher(ledger, entry):
+    answered(entry)
+    run(ledger, entry, 10.9, 11.0)
+    ledger.spared = [9.0]
+    assert problems(ledger) == []
+    ledger.runs.clear()
+    entry.ended_at = 19.0
+    run(ledger, entry, 18.0, 18.1)
+    assert problems(ledger) == ["the first request after a dispatcher began 8.0 s late"]
+
+
+@pytest.mark.parametrize("outcome", ["closed", "cut"])
+def test_only_a_quick_stop_may_leave_what_runs_unanswered(ledger, entry, outcome):
+    entry.outcome = outcome
+    run(ledger, entry, 10.1, None)
+    ledger.deaths = [Death("process", PROCESS, 10.9, "")]
+    ledger.stopped_at = ledger.refuses_at = 10.5
+    assert problems(ledger) == [f"no rule allows: {outcome}"]
+    ledger.quick = True
+    assert problems(ledger) == []
+
+
+def test_nobody_is_refused_while_another_master_goes_on(ledger, entry):
+    entry.outcome = "refused"
+    ledger.stopped_at = 10.5
+    assert problems(ledger) == ["no rule allows: refused"]
+    ledger.refuses_at = 10.5
     assert problems(ledger) == []
 
 

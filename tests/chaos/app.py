@@ -22,8 +22,10 @@ import fcntl
 import hashlib
 import mmap
 import os
+import signal
 import struct
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -146,6 +148,19 @@ def child(_: str) -> None:
     os.waitpid(pid, 0)
 
 
+def orphan(_: str) -> None:
+    """A child that holds all we have, outlives the request, and cannot be told to end."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            if os.fork() == 0:
+                ctypes.CDLL(None).usleep(1_500_000)
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+
+
 def fail(_: str) -> None:
     raise RuntimeError("the app fails, as it was asked to")
 
@@ -154,6 +169,7 @@ ACTIONS: dict[str, Callable[[str], Any]] = {
     "nap": lambda ms: time.sleep(int(ms) / 1000),
     "burn": lambda ms: spin(int(ms) / 1000),
     "child": child,
+    "orphan": orphan,
     "command": lambda _: subprocess.run(["true"], check=True),
     "fail": fail,
     "oversleep": lambda s: time.sleep(float(s)),
@@ -233,7 +249,9 @@ def _end_surely(request: Request) -> None:
 
 
 class App:
-    def __init__(self, folder: Path, threads: int, has_extra: bool, version: str) -> None:
+    def __init__(
+        self, folder: Path, threads: int, has_extra: bool, version: str, staggered: bool = True
+    ) -> None:
         self.threads = threads
         self._has_extra = has_extra
         self._version = version
@@ -243,7 +261,7 @@ class App:
         self._events = os.open(folder / "events", flags, 0o600)
         loaded = Presence(folder / "loaded")
         loaded.enter(os.getpid())
-        if loaded.count() > self.limits.processes + 1:
+        if staggered and loaded.count() > self.limits.processes + 1:
             why = f"stagger_init: {loaded.count()} have the app, {self.limits.processes} + 1 may"
             self.note("EXCEEDED", 0, why)
         self._loaded = loaded
@@ -302,12 +320,28 @@ def _parts(body: bytes, action: str) -> Iterator[bytes]:
         raise RuntimeError("the app fails late, as it was asked to")
 
 
-def make(folder: str, version: str) -> App:
-    """The app, in a worker of ours."""
+def make(folder: str, version: str, preload: bool) -> Callable[[Any, Any], Any]:
+    """The app, in a worker of ours; if it is preloaded, each makes it with its first request."""
+    if not preload:
+        return _make(folder, version, True)
+    made: list[App] = []
+    lock = threading.Lock()
+
+    def application(environ: Any, start_response: Any) -> Any:
+        with lock:
+            if not made:
+                made.append(_make(folder, version, False))
+        return made[0](environ, start_response)
+
+    return application
+
+
+def _make(folder: str, version: str, staggered: bool) -> App:
     from replica_plugin import hook
 
     master = hook.master()
     assert master is not None
     settings = master.settings
     threads = settings.threads_per_process
-    return App(Path(folder), threads, settings.mode == "thread" and threads > 1, version)
+    has_extra = settings.mode == "thread" and threads > 1
+    return App(Path(folder), threads, has_extra, version, staggered)

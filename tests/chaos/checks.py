@@ -16,6 +16,7 @@ from server import Server, all_pids, environ_of, wait_for
 
 from chaos.app import Limits
 from chaos.ledger import Death, Ledger
+from chaos.rules import BIRTH, MOMENT
 from replica_plugin.decisions import Rules
 from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.rules import decode_wishes
@@ -34,7 +35,8 @@ class Watcher:
 
     def __init__(self, server: Server, ledger: Ledger, folder: Path, limits: Limits) -> None:
         self.causes: dict[int, str] = {}  # pid to what was done to it
-        self.exceeded: list[str] = []
+        self._exceeded: list[tuple[float, str]] = []
+        self.masters = 1  # each of which may have as much as the settings say
         self._server = server
         self._ledger = ledger
         self._events = open(folder / "events")
@@ -96,6 +98,16 @@ class Watcher:
             if death.role != "process" and not death.cause and death.at < stopped
         ]
 
+    def exceeded(self) -> list[str]:
+        """What the app found. A new dispatcher counts slots as busy that may not be."""
+        births = self._ledger.births
+        return [
+            problem
+            for at, problem in self._exceeded
+            if ": bound:" not in problem
+            or not any(at - BIRTH < birth < at + MOMENT for birth in births)
+        ]
+
     def _run(self) -> None:
         while not self._ended.wait(GLANCE):
             self._look()
@@ -117,7 +129,7 @@ class Watcher:
             self._on_death(fd)
 
     def _on_event(self, line: str) -> None:
-        event, number, pid, _, more = line.split(" ", 4)
+        event, number, pid, at, more = line.split(" ", 4)
         if event == "BEGUN":
             self._running[int(pid)].add(number)
         elif event == "ENDED":
@@ -127,7 +139,8 @@ class Watcher:
         elif event == "FATAL":
             self.causes[int(pid)] = f"{more.strip()} in request {number}"
         elif event == "EXCEEDED":
-            self.exceeded.append(f"exceeded, seen by request {number}: {more.strip()}")
+            problem = f"exceeded, seen by request {number}: {more.strip()}"
+            self._exceeded.append((float(at), problem))
 
     def _watch(self, role: str, pid: int) -> None:
         if pid in self._known:
@@ -182,7 +195,8 @@ class Watcher:
         self._ledger.bounds.update(r.bound for r in drained)
         self._ledger.largest_cap = max(self._ledger.largest_cap, cap)
         processes = max(r.processes for r in possible)
-        self._limits.write(cap, processes, max(r.bound for r in drained))
+        bound = max(r.bound for r in drained)
+        self._limits.write(self.masters * cap, self.masters * processes, bound)
 
 
 class Usage(NamedTuple):

@@ -129,8 +129,8 @@ class Visit:
     def pick(self) -> tuple[str, str]:
         """Something for the app to do that is over soon."""
         action = self.random.choices(
-            ["nap", "burn", "large", "stream", "child", "command", "fail", "late"],
-            [60, 8, 6, 4, 1, 1, 2, 2],
+            ["nap", "burn", "large", "stream", "child", "orphan", "command", "fail", "late"],
+            [60, 8, 6, 4, 1, 1, 1, 2, 2],
         )[0]
         argument = {
             "nap": str(self.random.choice((0, 0, 5, 20, 60, 150))),

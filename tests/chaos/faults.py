@@ -22,15 +22,19 @@ from replica_plugin.decisions import Rules
 APP = """\
 from chaos.app import make
 {before}
-application = make({folder!r}, {version!r})
+application = make({folder!r}, {version!r}, {preload})
 """
 DEAF = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
 UNLOADABLE = "raise RuntimeError('this version of the app cannot be loaded')"
 
 
-def settings(mode: str, processes: int, threads: int, bound: int, times: Times) -> dict[str, Any]:
+def settings(
+    mode: str, processes: int, threads: int, bound: int, preload: bool, times: Times
+) -> dict[str, Any]:
     """What replica.yaml has."""
     return {
+        "preload": preload,
+        "drain_delay": times.drain,
         "mode": mode,
         "processes_per_replica": processes,
         "threads_per_process": threads,
@@ -96,7 +100,8 @@ class Scene:
     def write_app(self, before: str = "") -> None:
         self.version += 1
         folder = str(self.server.folder)
-        text = APP.format(before=before, folder=folder, version=str(self.version))
+        preload = self.first["preload"]
+        text = APP.format(before=before, folder=folder, version=str(self.version), preload=preload)
         (self.server.folder / "served.py").write_text(text)
 
     @property
@@ -145,6 +150,15 @@ def kill_dispatcher(scene: Scene) -> None:
     scene.signal(scene.server.dispatcher, signal.SIGKILL, "dispatcher")
 
 
+def kill_dispatcher_at_rest(scene: Scene) -> None:
+    """While slots are free, so that the next request has to begin soon."""
+    now = scene.server.numbers()
+    if now.running < scene.cap and now.processes == scene.watcher.rules.processes:
+        scene.ledger.spared.append(time.monotonic())
+        scene.signal(scene.server.dispatcher, signal.SIGKILL, "dispatcher")
+        time.sleep(0.5)
+
+
 def kill_both(scene: Scene) -> None:
     kill_dispatcher(scene)
     kill_process(scene)
@@ -173,10 +187,11 @@ def pause_dispatcher(scene: Scene) -> None:
 
 def kill_supervisor(scene: Scene) -> None:
     """And perhaps the dispatcher with it; a HUP brings what is missing."""
-    pid = scene.server.supervisor
+    pid, dispatcher = scene.server.supervisor, scene.server.dispatcher
     scene.signal(pid, signal.SIGKILL, "supervisor")
     if scene.random.random() < 0.5:
-        kill_dispatcher(scene)
+        scene.fire()
+        scene.signal(dispatcher, signal.SIGKILL, "dispatcher")
     time.sleep(scene.random.random())
     reload_same(scene)
     wait_for(lambda: scene.server.supervisor != pid, "another supervisor")
@@ -224,7 +239,12 @@ def reload_other(scene: Scene) -> None:
     processes = choose.randint(1, first["processes_per_replica"] + 1)
     threads = choose.randint(1, first["threads_per_process"] + 2)
     bound = processes * threads + choose.randint(2, 40)
-    scene.reload(settings(scene.config["mode"], processes, threads, bound, scene.ledger.times))
+    numbers = {
+        "processes_per_replica": processes,
+        "threads_per_process": threads,
+        "max_replica_concurrency": bound,
+    }
+    scene.reload({**scene.config, **numbers})
 
 
 def reload_mode(scene: Scene) -> None:
@@ -319,6 +339,7 @@ MIX: dict[Fault, int] = {
     kill_process: 10,
     kill_all_processes: 2,
     kill_dispatcher: 8,
+    kill_dispatcher_at_rest: 5,
     kill_both: 3,
     kill_dispatcher_again_and_again: 2,
     hang_dispatcher: 1,
@@ -345,6 +366,8 @@ MIX: dict[Fault, int] = {
     siege: 6,
 }
 """How often each comes."""
+OF_THE_APP = (reload_mode, reload_code, reload_unloadable)
+"""Those that need the app to be loaded anew, which a reload does not do with `preload`."""
 
 
 def _numbers(config: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ class Times:
     send: float = 3.0
     keepalive: float = 2.0
     graceful: float = 30.0
+    drain: float = 0.0
 
 
 class Run(NamedTuple):
@@ -110,7 +111,11 @@ class Ledger:
     lags: list[tuple[float, float]] = field(default_factory=list)  # when clients were late, by what
     bounds: set[int] = field(default_factory=set)  # all there were
     largest_cap: int = 0
-    stopped_at: float = 0.0  # TERM to the master
+    stopped_at: float = 0.0  # drain_delay is over; or the master was killed
+    refuses_at: float = 0.0  # nobody listens any more, from about then on
+    doubled_at: float = 0.0  # there were two masters, and so two queues, from then on
+    quick: bool = False  # it was a stop that waits for nothing
+    spared: list[float] = field(default_factory=list)  # a dispatcher died, and slots were free
     story: list[tuple[float, str]] = field(default_factory=list)  # what was done to the server
 
     def open(self, kind: str, action: str = "nap", argument: str = "0", **more: object) -> Entry:

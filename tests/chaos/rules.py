@@ -18,6 +18,8 @@ SLOW_PROBE = 5.0
 """Seconds in which a probe is answered, on a machine that has no CPU to spare."""
 BIRTH = 3.0
 """Seconds in which a new dispatcher may take slots for busy that are not."""
+RESTART = 5.0
+"""Seconds within which a request begins after a dispatcher died, on a machine that is busy."""
 
 
 class Judge:
@@ -26,7 +28,9 @@ class Judge:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._deaths = {d.pid: d for d in ledger.deaths if d.role == "process"}
-        counted = [e for e in ledger.entries.values() if e.kind not in ("probe", "exempt")]
+        self._counted = counted = [
+            e for e in ledger.entries.values() if e.kind not in ("probe", "exempt")
+        ]
         self._begins = sorted(e.began_at for e in counted if e.began_at)
         self._ends = sorted(self._last_of(e) for e in counted if e.began_at)
         self._holders = [
@@ -43,6 +47,7 @@ class Judge:
             and (died := self.died_at(run.pid))
             and died - run.began > ledger.times.request
         }
+        self.waits = self._find_waits()
 
     def problems(self) -> list[str]:
         """Every entry that is not as it has to be, with its whole history."""
@@ -53,7 +58,24 @@ class Judge:
             for problem in self.problems_of(entry)
         ]
         unknown = sorted(runs.keys() - entries.keys())
-        return found + [f"run unseen: request {number} was never sent" for number in unknown]
+        found += [f"run unseen: request {number} was never sent" for number in unknown]
+        late = [seconds for seconds in self.restarts() if seconds > RESTART]
+        return found + [f"the first request after a dispatcher began {s:.1f} s late" for s in late]
+
+    def restarts(self) -> list[float]:
+        """From the death of a dispatcher, with slots free, to the next request's begin.
+
+        Or from when that was sent, if that was later.
+        """
+        entries, firsts = self.ledger.entries, []
+        for died in self.ledger.spared:
+            after = [
+                runs[0].began - max(died, entries[number].began_at)
+                for number, runs in self.ledger.runs.items()
+                if number in entries and entries[number].began_at > died
+            ]
+            firsts += after and [min(after)]
+        return firsts
 
     def outcomes(self) -> Counter[str]:
         """How often each rule was the one."""
@@ -100,6 +122,37 @@ class Judge:
         """How many requests besides this one may have been in flight at a moment of its wait."""
         begun = bisect_right(self._begins, entry.ended_at)
         return begun - bisect_left(self._ends, entry.began_at) - 1
+
+    def _find_waits(self) -> dict[int, Run]:
+        """Requests of which it can be said whether another has begun before its turn."""
+        found = {}
+        for entry in self._counted:
+            runs = self.ledger.runs.get(entry.number, [])
+            if len(runs) == 1 and entry.sent_at and self._is_clear(entry, runs[0]):
+                found[entry.number] = runs[0]
+        return found
+
+    def _is_clear(self, entry: Entry, run: Run) -> bool:
+        """Whether it waited for long, and nothing happened meanwhile that hides the order."""
+        if run.began - entry.sent_at < 2 * MOMENT or "severed" in entry.traits:
+            return False
+        if 0 < self.ledger.doubled_at < run.began:
+            return False
+        hiding = [d.at for d in self.ledger.deaths] + [at for at, _ in self.ledger.lags]
+        hiding += [at for at, what in self.ledger.story if what.startswith("SIG")]
+        first, last = entry.sent_at - MOMENT, run.began + MOMENT
+        if any(first - BIRTH < birth < last for birth in self.ledger.births):
+            return False
+        return not any(first < at < last for at in hiding) and not self.was_held(run, entry)
+
+    def overtaken(self, entry: Entry) -> bool:
+        """Whether one that was ready surely later has begun surely earlier."""
+        own = self.waits.get(entry.number)
+        return own is not None and any(
+            other.began_at > entry.sent_at + MOMENT and runs[0].began < own.began - MOMENT
+            for other in self._counted
+            if (runs := self.ledger.runs.get(other.number))
+        )
 
     def _last_of(self, entry: Entry) -> float:
         """When it was in flight no more, at the latest."""
@@ -205,9 +258,10 @@ def late(case: Case) -> bool:
 
 
 def overran(case: Case) -> bool:
-    """Whether it ran for longer than request_timeout, as the app saw it."""
+    """Whether it ran for longer than request_timeout, as the app saw it, or was sent for longer."""
+    sent = case.entry.ended_at if case.entry.action == "large" else 0.0
     return any(
-        (run.ended or case.judge.died_at(run.pid) or case.entry.ended_at) - run.began
+        max(run.ended or case.judge.died_at(run.pid) or case.entry.ended_at, sent) - run.began
         > case.times.request - MOMENT
         for run in case.runs
     )
@@ -294,6 +348,14 @@ def stopping(case: Case) -> bool:
     return 0 < case.ledger.stopped_at < case.entry.ended_at
 
 
+def not_listening(case: Case) -> bool:
+    return 0 < case.ledger.refuses_at < case.entry.ended_at
+
+
+def quick(case: Case) -> bool:
+    return case.ledger.quick and stopping(case)
+
+
 # The table.
 
 
@@ -329,6 +391,10 @@ def _ended(case: Case) -> bool:
     return all(run.ended is not None or case.judge.died_at(run.pid) for run in case.runs)
 
 
+def _in_turn(case: Case) -> bool:
+    return not case.judge.overtaken(case.entry)
+
+
 def _prompt(case: Case) -> bool:
     return case.entry.kind != "probe" or case.waited < SLOW_PROBE or dispatcher_died(case)
 
@@ -339,6 +405,7 @@ LAWS = (
     Law("answered twice", _answered_once),
     Law("never ended, though its process lives", _ended),
     Law("a slow probe", _prompt),
+    Law("overtaken by one that was ready later", _in_turn),
 )
 
 RULES = (
@@ -376,7 +443,9 @@ RULES = (
     # The stop.
     Rule("closed", "stop: silent", not_run, stopping, trait("silent")),
     Rule("closed", "stop: idle", not_run, stopping, kept),
-    Rule("refused", "stop", not_run, stopping),
+    Rule("refused", "stop", not_run, not_listening),
+    Rule("closed", "quick stop", quick),
+    Rule("cut", "quick stop", quick),
     # The client's own doing.
     Rule("left", "the client left", trait("leaves")),
     Rule("severed", "its network was cut", trait("severed")),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import random
 import resource
 import shutil
 import signal
@@ -12,10 +13,11 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from server import Server, wait_for
 
-from chaos import checks, clients, faults, network
+from chaos import checks, clients, endings, faults, network
 from chaos.app import Limits
 from chaos.clients import Crowd
 from chaos.faults import Scene
@@ -27,6 +29,7 @@ from replica_plugin import overtime
 overtime.GRACE = {grace}
 from replica_plugin.conf import *
 """
+COMMAND = (str(Path(sys.executable).parent / "gunicorn"),)
 SETTLED = 60.0  # seconds in which everything that was begun has to be over
 SHOWN = 20  # problems that are printed
 
@@ -70,14 +73,27 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rate", type=float, default=50.0, help="clients a second")
-    return parser.parse_args(arguments)
+    parser.add_argument("--preload", type=int, choices=(0, 1), help="else the seed chooses")
+    parser.add_argument("--drain", type=float, help="drain_delay; else the seed chooses")
+    parser.add_argument("--end", choices=list(endings.ENDS), help="else the seed chooses")
+    options = parser.parse_args(arguments)
+    chosen = random.Random(f"{options.seed} variant")
+    variant = {
+        "preload": int(chosen.random() < 0.3),
+        "drain": chosen.choice((0.0, 1.0)),
+        "end": chosen.choice(list(endings.ENDS)),
+    }
+    for name, value in variant.items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 class ChaosRun:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self._options = options
         self._folder = folder
-        self.ledger = Ledger(Times())
+        self.ledger = Ledger(Times(drain=options.drain))
         self._faults: Counter[str] = Counter()
         self._watcher: checks.Watcher | None = None
 
@@ -89,9 +105,11 @@ class ChaosRun:
         found += self._stop(scene)
         scene.crowd.close()
         scene.watcher.close()
+        log = scene.server.log
+        found += self._start_again(scene)
         self.ledger.read_runs((self._folder / "events").read_text().splitlines())
-        found += scene.watcher.unasked() + scene.watcher.exceeded + scene.crowd.errors
-        judge, log = Judge(self.ledger), scene.server.log
+        found += scene.watcher.unasked() + scene.watcher.exceeded() + scene.crowd.errors
+        judge = Judge(self.ledger)
         found += checks.tracebacks(log)
         found += checks.unexplained(log, judge.doomed() | scene.watcher.causes.keys())
         return found + judge.problems()
@@ -99,29 +117,37 @@ class ChaosRun:
     def _begin(self) -> Scene:
         options, times, net = self._options, self.ledger.times, network.Network()
         cap = options.processes * options.threads
-        config = faults.settings(options.mode, options.processes, options.threads, cap + 20, times)
+        numbers = options.processes, options.threads, cap + 20
+        config = faults.settings(options.mode, *numbers, bool(options.preload), times)
         limits = Limits(self._folder / "limits")
         limits.write(cap, options.processes, cap + 20)
         (self._folder / "events").touch()
-        app = faults.APP.format(before="", folder=str(self._folder), version="1")
-        files = {"served.py": app, "chaotic.py": CONFIG.format(grace=times.grace)}
-        server = Server(
-            self._folder,
-            *("--timeout", "60", "--graceful-timeout", f"{times.graceful:g}"),
-            *("--keep-alive", f"{times.keepalive:g}"),
-            *("--max-requests", "400", "--max-requests-jitter", "200"),
-            config=config,
-            base=("-c", "chaotic.py"),
-            bind=("127.0.0.1:0", "unix:sock"),
-            app="served:application",
-            files=files,
-            mode="thread",  # the configuration says it
-            env={"CHAOS": str(self._folder), "HOME": str(self._folder)},
-        )
+        server = self._server(config)
         self._watcher = watcher = checks.Watcher(server, self.ledger, self._folder, limits)
         rate = min(options.rate, 15.0 * cap)
         crowd = Crowd(self.ledger, server.addresses, net, options.seed, rate)
         return Scene(server, crowd, watcher, self.ledger, config, options.seed)
+
+    def _server(self, config: dict[str, Any], port: int = 0) -> Server:
+        times = self.ledger.times
+        app = faults.APP.format(
+            before="", folder=str(self._folder), version="1", preload=config["preload"]
+        )
+        files = {"served.py": app, "chaotic.py": CONFIG.format(grace=times.grace)}
+        return Server(
+            self._folder,
+            *("--timeout", "60", "--graceful-timeout", f"{times.graceful:g}"),
+            *("--keep-alive", f"{times.keepalive:g}"),
+            *("--max-requests", "400", "--max-requests-jitter", "200", "--pid", "pid"),
+            config=config,
+            base=("-c", "chaotic.py"),
+            bind=(f"127.0.0.1:{port}", "unix:sock"),
+            app="served:application",
+            files=files,
+            command=COMMAND,  # `python -m gunicorn` cannot be upgraded: its argv is no script
+            mode="thread",  # the configuration says it
+            env={"CHAOS": str(self._folder), "HOME": str(self._folder)},
+        )
 
     def _quiet_then(self, scene: Scene) -> list[str]:
         """A quiet time, a wild one, and another quiet one, which must be as the first."""
@@ -144,7 +170,9 @@ class ChaosRun:
     def _harass(self, scene: Scene) -> None:
         end = time.monotonic() + 60 * self._options.minutes
         while time.monotonic() < end:
-            mix = faults.MIX
+            mix = dict(faults.MIX)
+            for fault in faults.OF_THE_APP if self._options.preload else ():
+                del mix[fault]
             fault = scene.random.choices(list(mix), list(mix.values()))[0]
             self._faults[fault.__name__] += 1
             fault(scene)
@@ -168,23 +196,23 @@ class ChaosRun:
         wait_for(lambda: server.numbers().connections == 0, "the probe's end")
 
     def _stop(self, scene: Scene) -> list[str]:
-        """TERM, under clients that come on and on."""
+        """The end, under clients that come on and on."""
         scene.crowd.come()
         time.sleep(1.5)
-        self.ledger.stopped_at = began = time.monotonic()
-        scene.to_master(signal.SIGTERM)
-        code = scene.server.process.wait(self.ledger.times.graceful + 5)
-        lasted = time.monotonic() - began
+        found = endings.ENDS[self._options.end](scene)
         scene.crowd.pause()
-        found = [] if code == 0 else [f"the exit code is {code}"]
-        if lasted > self.ledger.times.graceful + 1:
-            found.append(f"the stop took {lasted:.1f} s")
         try:
             wait_for(lambda: not checks.left(self._folder), "no process left", 5.0)
         except AssertionError:
             found.append(f"processes are left: {checks.left(self._folder)}")
             self.kill()
         return found
+
+    def _start_again(self, scene: Scene) -> list[str]:
+        """In the same place, with what the last one may have left there."""
+        again = self._server(scene.first, scene.server.address[1])
+        code = again.stop()
+        return [f"the exit code after a new start is {code}"] if code else []
 
     def report(self) -> None:
         """What has happened, in numbers."""
@@ -196,6 +224,12 @@ class ChaosRun:
             print(f"{count:7} {name.replace('_', ' ')}")
         died = Counter(d.role for d in self.ledger.deaths)
         print(f"deaths: {dict(died)}")
+        judge = Judge(self.ledger)
+        print(f"order: {len(judge.waits)} waited so long that it could be checked")
+        restarts = [round(1000 * seconds) for seconds in sorted(judge.restarts())]
+        if restarts:
+            middle = restarts[len(restarts) // 2]
+            print(f"next begin after a dispatcher: p50 {middle} ms, longest {restarts[-1]} ms")
 
     def kill(self) -> None:
         """Whatever is left, by pid."""
