@@ -303,3 +303,15 @@ def test_whatever_comes_on_the_control_socket_the_dispatcher_goes_on(child, mess
 def test_whatever_a_process_says_of_its_hub_is_a_stall_or_nothing(data):
     stall = decode_stall(data)
     assert stall is None or (len(stall.place) <= 200 and stall.place.isprintable())
+
+
+@pytest.mark.parametrize("kind", [Kind.DONE, Kind.OVERDUE, Kind.RETURNED])
+@pytest.mark.usefixtures("killed")
+def test_of_a_request_that_is_not_its_own_a_process_can_say_nothing(child, kind):
+    replica = Replica(child)
+    waiting = replica.requests()
+    replica.say(replica.says, struct.pack("=BBQI", kind, 0, waiting[0], 0), [])
+    assert replica.requests() == waiting
+    assert list(replica.dispatcher._decisions.waiting) == waiting
+    replica.end()
+    replica.close()
