@@ -106,7 +106,7 @@ class GeventWorker(ReplicaWorker):
         self._timer.start(self._turn)
         for slot in slots:
             gevent.spawn(self._run_slot, slot)
-        _start_thread(self._attend, ())
+        _start_thread(self._attend_beside, ())
         self._ended.wait()
 
     # In the main thread: slots.

@@ -34,6 +34,9 @@ if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.s
 
 _IMPORTING = ("importlib", __package__)  # whose frames lie between a user's file and us
 
+QUICK = 2
+"""Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
+
 _loaded: Loaded | None = None
 _log: Any = None  # gunicorn's, once it has read its configuration
 _master: Master | None = None
@@ -207,6 +210,8 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()
         ours.stop(graceful)
+        if not graceful:
+            arbiter.cfg.set("graceful_timeout", min(QUICK, arbiter.cfg.graceful_timeout))
         stop(graceful)
 
     def wrapped_kill_workers(number: int) -> None:

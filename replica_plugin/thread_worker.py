@@ -33,7 +33,8 @@ class ThreadWorker(ReplicaWorker):
 
     def _serve(self, slots: list[Slot]) -> None:
         if len(slots) == 1:
-            threading.Thread(target=self._attend, name="replica-attendant", daemon=True).start()
+            attend = self._attend_beside
+            threading.Thread(target=attend, name="replica-attendant", daemon=True).start()
             self._run_slot(slots[0])
             return
         for index, slot in enumerate(slots):

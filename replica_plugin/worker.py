@@ -38,6 +38,7 @@ from .overdue import Interrupter, Run, Watch
 from .pages import Cells
 from .registration import Registration
 from .slot import Slot
+from .unpatched import socketpair
 
 ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispatcher to say when
 TURN = 1.0  # seconds between two heartbeats at most
@@ -138,11 +139,20 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._watch = Watch(count, self._interrupter(), self._wake_attendant)
         slots = [Slot(self, index, self._cells, self._watch) for index in range(count)]
         self._working = len(slots)
+        os.register_at_fork(after_in_child=self._part_from_parent)
         self._serve(slots)
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+
+    def _part_from_parent(self) -> None:
+        """A child that the app forks, in which gevent's hub turns on, takes no requests of ours."""
+        nowhere, other = socketpair(socket.SOCK_SEQPACKET)
+        other.close()
+        if self._channel is not None:
+            os.dup2(nowhere.fileno(), self._channel.sock.fileno(), inheritable=False)
+        self._control = nowhere
 
     # What each mode does in its own way.
 
@@ -231,6 +241,15 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         super().handle_abort(sig, frame)
 
     # The attendant.
+
+    def _attend_beside(self) -> None:
+        """In a thread of its own, without which the process must not live on."""
+        try:
+            self._attend()
+        except BaseException:  # the app has closed its descriptors, say
+            with suppress(Exception):
+                self.log.exception("The attendant failed: leaving")
+            os._exit(1)
 
     def _attend(self) -> None:
         """Watch until no slot is left, or the time of a dismissed process is over."""

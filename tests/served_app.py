@@ -50,6 +50,20 @@ def missing(environ, start_response, rest):
     return answer(start_response, "no such path\n", "404 Not Found")
 
 
+def child(environ, start_response, rest):
+    """Fork a child, which sleeps."""
+    pid = os.fork()
+    if not pid:
+        time.sleep(600)
+        os._exit(0)
+    return as_json(start_response, pid)
+
+
+def close_all(environ, start_response, rest):
+    os.closerange(3, 1 << 16)
+    return answer(start_response, "closed\n")
+
+
 def hold(environ, start_response, name):
     """Begin on the test's stage; end when told."""
     with socket.socket(socket.AF_UNIX) as link:
@@ -239,7 +253,9 @@ HANDLERS = {
     "blocks": blocks,
     "burn": burn,
     "cancelled": cancelled,
+    "child": child,
     "close": close,
+    "close-all": close_all,
     "die": die,
     "echo": echo,
     "empty": empty,

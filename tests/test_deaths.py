@@ -296,3 +296,31 @@ def test_without_their_master_processes_and_helpers_finish_and_end(start, stage,
     assert [client.reply().status for client in clients] == [200] * 4
     for pid in family:
         wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end")
+
+
+# What apps do to their processes.
+
+
+def test_a_child_that_the_app_has_forked_takes_no_requests(start, stage):
+    server = start(config=ONE)
+    with server.connect() as client:
+        child = client.get("/child").json
+        try:
+            for _ in range(3):
+                assert client.get("/hello").status == 200
+            holds_all_slots(server, stage, 0, 1)
+        finally:
+            server.tell(KILL, child)
+
+
+@pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
+def test_a_process_whose_descriptors_the_app_has_closed_ends_and_is_replaced(start, stage, config):
+    server = start("--timeout", "0", config=config)
+    before = set(server.workers)
+    with server.connect() as client:
+        client.ask("/close-all")
+        wait_for(lambda: before - set(server.workers), "one has ended")
+    wait_for(lambda: len(server.workers) == len(before), "a successor")
+    slots = config["processes_per_replica"] * config["threads_per_process"]
+    server.wait_numbers(slots=slots, processes=len(before))
+    holds_all_slots(server, stage, 0, slots)

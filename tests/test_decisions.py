@@ -45,6 +45,7 @@ def test_a_process_that_says_too_often_that_it_is_free_has_a_credit_a_slot():
     decisions = Decisions(Rules(processes=2, threads=1))
     join(decisions, 1, 1)
     assert decisions.freed(1, 0.0) == []
+    assert decisions.processes[1].free == 1
     assert arrive(decisions, 1, 2) == [Send(1, 1)]
     assert decisions.freed(1, 0.0) == []
     assert decisions.done(1, 1, 0.0) == [Send(2, 1)]

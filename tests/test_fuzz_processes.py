@@ -32,7 +32,17 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from replica_plugin.channel import Kind, Register, control_pair, decode_stall, pair, send
+from replica_plugin.channel import (
+    End,
+    Kind,
+    Register,
+    _decode_register,
+    control_pair,
+    decode_report,
+    decode_stall,
+    pair,
+    send,
+)
 from replica_plugin.connection import Connection, State
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
@@ -303,3 +313,30 @@ def test_whatever_comes_on_the_control_socket_the_dispatcher_goes_on(child, mess
 def test_whatever_a_process_says_of_its_hub_is_a_stall_or_nothing(data):
     stall = decode_stall(data)
     assert stall is None or (len(stall.place) <= 200 and stall.place.isprintable())
+
+
+@pytest.mark.parametrize("kind", [Kind.DONE, Kind.OVERDUE, Kind.RETURNED])
+@pytest.mark.usefixtures("killed")
+def test_of_a_request_that_is_not_its_own_a_process_can_say_nothing(child, kind):
+    replica = Replica(child)
+    waiting = replica.requests()
+    replica.say(replica.says, struct.pack("=BBQI", kind, 0, waiting[0], 0), [])
+    assert replica.requests() == waiting
+    assert list(replica.dispatcher._decisions.waiting) == waiting
+    replica.end()
+    replica.close()
+
+
+@pytest.mark.parametrize("odd", [{"slots": 0}, {"extra": 2}, {"extra": -1}, {"age": -1}])
+def test_an_offer_beyond_what_a_process_can_have_is_none(odd):
+    with pytest.raises(ValueError, match="a process without slots"):
+        _decode_register({**OFFER, **odd})
+
+
+def test_a_descriptor_comes_with_done_only_and_a_rest_without_one_ends_the_connection():
+    fd = rest()
+    with pytest.raises(ValueError, match="a descriptor too many"):
+        decode_report(struct.pack("=BBQI", Kind.FREE, 0, 1, 0), [fd])
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert decode_report(struct.pack("=BBQI", Kind.DONE, 0x80, 1, 0), []).end is End.ABORT

@@ -87,6 +87,14 @@ def test_int_and_quit_end_at_once_whatever_runs(start, stage, which, number):
             client.reply()
 
 
+def test_quit_ends_processes_that_do_not_heed_it_long_before_graceful_timeout(start):
+    """As with an app that ignores signals, or keeps the GIL."""
+    server = start("--graceful-timeout", "600", config=TWO)
+    for pid in server.workers:
+        server.tell(signal.SIGSTOP, pid)
+    assert server.stop(signal.SIGQUIT) == 0
+
+
 def test_quit_hurries_a_stop_that_waits(start, stage):
     server = start("--graceful-timeout", "600", config=TWO)
     client = server.connect().ask("/hold/x")
