@@ -207,10 +207,14 @@ def test_a_request_is_not_overtaken_by_one_that_was_ready_later(ledger, entry):
     assert problems(ledger) == ["overtaken by one that was ready later"]
     ledger.deaths = [Death("process", PROCESS + 1, 11.2, "SIGKILL")]
     assert problems(ledger) == []
+    ledger.deaths = []
+    ledger.runs[other.number] = [Run(PROCESS + 1, 11.0, 11.1)]  # its own process did nothing
+    assert problems(ledger) == []
 
 
 def test_requests_begin_soon_after_the_death_of_a_dispatcher(ledger, entry):
     answered(entry)
+    entry.sent_at = 10.0
     run(ledger, entry, 10.9, 11.0)
     ledger.spared = [9.0]
     assert problems(ledger) == []

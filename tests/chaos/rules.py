@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from bisect import bisect_left, bisect_right
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable
 from functools import cached_property
 from typing import NamedTuple
@@ -47,6 +47,10 @@ class Judge:
             and (died := self.died_at(run.pid))
             and died - run.began > ledger.times.request
         }
+        self._moments: dict[int, list[float]] = defaultdict(list)
+        for runs in ledger.runs.values():
+            for each in runs:
+                self._moments[each.pid] += [at for at in (each.began, each.ended) if at]
         self.waits = self._find_waits()
 
     def problems(self) -> list[str]:
@@ -63,19 +67,20 @@ class Judge:
         return found + [f"the first request after a dispatcher began {s:.1f} s late" for s in late]
 
     def restarts(self) -> list[float]:
-        """From the death of a dispatcher, with slots free, to the next request's begin.
+        """What the first request that was sent after the death of a dispatcher had to wait.
 
-        Or from when that was sent, if that was later.
+        Of those that have begun; slots were free.
         """
-        entries, firsts = self.ledger.entries, []
+        begun = sorted(
+            (entry.sent_at, runs[0].began)
+            for entry in self._counted
+            if entry.sent_at and (runs := self.ledger.runs.get(entry.number))
+        )
+        waits = []
         for died in self.ledger.spared:
-            after = [
-                runs[0].began - max(died, entries[number].began_at)
-                for number, runs in self.ledger.runs.items()
-                if number in entries and entries[number].began_at > died
-            ]
-            firsts += after and [min(after)]
-        return firsts
+            after = begun[bisect_right(begun, (died, 0.0)) :]
+            waits += [began - sent for sent, began in after[:1]]
+        return waits
 
     def outcomes(self) -> Counter[str]:
         """How often each rule was the one."""
@@ -138,12 +143,17 @@ class Judge:
             return False
         if 0 < self.ledger.doubled_at < run.began:
             return False
-        hiding = [d.at for d in self.ledger.deaths] + [at for at, _ in self.ledger.lags]
+        hiding = [d.at for d in self.ledger.deaths] + self.ledger.births
+        hiding += [at for at, _ in self.ledger.lags]
         hiding += [at for at, what in self.ledger.story if what.startswith("SIG")]
         first, last = entry.sent_at - MOMENT, run.began + MOMENT
-        if any(first - BIRTH < birth < last for birth in self.ledger.births):
+        if any(first < at < last for at in hiding) or self.was_held(run, entry):
             return False
-        return not any(first < at < last for at in hiding) and not self.was_held(run, entry)
+        return self._is_alert(run.pid, entry.sent_at, run.began - MOMENT)
+
+    def _is_alert(self, pid: int, first: float, last: float) -> bool:
+        """Whether the process did anything then: what it was sent waits while its hub is kept."""
+        return any(first < at < last for at in self._moments[pid])
 
     def overtaken(self, entry: Entry) -> bool:
         """Whether one that was ready surely later has begun surely earlier."""
