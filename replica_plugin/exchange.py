@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import errno
 import json
-from datetime import datetime
-from functools import lru_cache
+from datetime import datetime, timedelta
+from functools import lru_cache, partial
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -86,6 +86,7 @@ class Exchange:
             self._parser.mesg_class = Request
         self._request: Any = None
         self._carry = job.carry
+        self._took: timedelta | None = None  # until the body was sent
         if job.ahead:
             self._parser.unreader.unread(job.ahead)
 
@@ -94,7 +95,7 @@ class Exchange:
         try:
             self._request = next(self._parser)
             self._know_proxy()
-            response = self._run.window(self._respond)
+            response = self._respond()
             return self._report(self._end_of(response))
         except BaseException as error:  # CancelledError and the like are none of the slot's
             if self._has_left(error):
@@ -153,6 +154,15 @@ class Exchange:
             self._after(environ, response)
 
     def _call_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
+        """Only the app's own code is interrupted: an exception in a logger may leave it locked."""
+        try:
+            self._run.window(partial(self._run_app, environ, response, began))
+        finally:
+            took = self._took
+            if took is not None and not self._run.is_answered:  # else that answer is in the log
+                self._log.access(response, self._request, environ, took)
+
+    def _run_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
         sock = self._sock
         body = self._worker.wsgi(environ, response.start_response)
         if type(body) in (list, tuple):
@@ -171,12 +181,9 @@ class Exchange:
             response.close()
             sock.flush()
         finally:
-            try:
-                if not self._run.is_answered:  # else it is in the log, as it was answered
-                    self._log.access(response, self._request, environ, datetime.now() - began)
-            finally:
-                if hasattr(body, "close"):
-                    body.close()
+            self._took = datetime.now() - began
+            if hasattr(body, "close"):
+                body.close()
 
     def _after(self, environ: dict[str, Any], response: Any) -> None:
         try:

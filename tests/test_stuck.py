@@ -19,6 +19,15 @@ from replica_plugin import overtime
 overtime.GRACE = 1.0
 from replica_plugin.conf import *
 """
+LOGGER = """\
+import os
+from gunicorn.glogging import Logger
+class Spinning(Logger):
+    def access(self, *arguments):
+        while not os.path.exists("go"):
+            pass
+        super().access(*arguments)
+"""
 TOLD = b"The app did not answer within request_timeout (0.5 s).\n"
 
 
@@ -238,6 +247,20 @@ def test_without_the_dispatcher_that_sent_it_the_slot_answers(serve, stage, thre
     assert (reply.status, b"longer than request_timeout" in reply.body) == (504, True)
     server.wait_numbers(running=0)
     assert server.get("/count").json["pid"] == actor.pid
+
+
+@IN_BOTH_MODES
+@both
+def test_a_logger_is_not_interrupted_which_might_stay_locked(start, threads):
+    config = {"threads_per_process": threads, "request_timeout": LIMIT}
+    logger = ("--logger-class", "spinning.Spinning", "--access-logfile", "-")
+    server = start(*logger, config=config, files={"spinning.py": LOGGER})
+    with server.connect() as client:
+        client.get("/hello")
+        server.wait_log("GET /hello in process .* has run for longer than request_timeout")
+        (server.folder / "go").touch()
+        server.wait_log('"GET /hello HTTP/1.1" 200')
+        assert client.get("/hello").status == 200
 
 
 @IN_BOTH_MODES
