@@ -49,10 +49,10 @@ import gevent.threading
 import gevent.time
 
 from . import early
+from .cells import STALL
 from .channel import TURNING, Kind, ProcessEnd, Report, Stall
 from .green import GreenClientSocket, GreenEnd, GreenInterrupter
 from .overdue import Interrupter
-from .pages import STALL
 from .slot import Slot
 from .worker import ReplicaWorker
 

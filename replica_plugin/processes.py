@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Protocol
 
+from .cells import DUMP, Cells
 from .channel import (
     LEAVE,
     VERSION,
@@ -40,7 +41,6 @@ from .channel import (
     send,
     send_job,
 )
-from .pages import DUMP, Cells
 
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more

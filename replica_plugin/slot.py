@@ -19,6 +19,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
+from .cells import Cells
 from .channel import (
     FREE,
     LEAVE,
@@ -34,7 +35,6 @@ from .channel import (
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
 from .overdue import Run, Watch
-from .pages import Cells
 from .rest import Rest
 
 

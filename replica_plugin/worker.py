@@ -30,12 +30,12 @@ from typing import Any
 from gunicorn.workers.base import Worker
 
 from . import hook, overtime
+from .cells import Cells
 from .channel import LEAVING, Adopt, Kind, ProcessEnd, Register, Report, send_adopt
 from .client_socket import ClientSocket
 from .exchange import Settled
 from .loading import Loading
 from .overdue import Interrupter, Run, Watch
-from .pages import Cells
 from .registration import Registration
 from .slot import Slot
 from .unpatched import socketpair

@@ -14,8 +14,8 @@ import time
 from contextlib import suppress
 from typing import Any
 
+from replica_plugin.cells import Cells
 from replica_plugin.channel import FREE, Register, pair, send_register
-from replica_plugin.pages import Cells
 
 
 def offer(

@@ -10,11 +10,12 @@ from contextlib import suppress
 import pytest
 
 from replica_plugin import channel
+from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Job, Kind, Report
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
 from replica_plugin.journal import Journal
-from replica_plugin.pages import Cells, LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
 from replica_plugin.rules import Privileges, Serving, Wishes
 
 LOGGING = {"loglevel": "error"}

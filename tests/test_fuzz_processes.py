@@ -32,6 +32,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from replica_plugin.cells import Cells
 from replica_plugin.channel import (
     End,
     Kind,
@@ -46,7 +47,7 @@ from replica_plugin.channel import (
 from replica_plugin.connection import Connection, State
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
-from replica_plugin.pages import Cells, LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
 from replica_plugin.processes import Link
 from replica_plugin.rest import Rest
 from replica_plugin.rules import Privileges, Serving, Wishes

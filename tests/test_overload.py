@@ -17,10 +17,10 @@ from server import IN_BOTH_MODES, Server
 from stage import PATIENCE
 
 from replica_plugin import listeners
+from replica_plugin.cells import Cells
 from replica_plugin.channel import Job, pair
 from replica_plugin.connection import Connection
 from replica_plugin.listeners import PAUSE, Listener, Listeners
-from replica_plugin.pages import Cells
 from replica_plugin.processes import _SHORTAGE, Link, Processes
 
 FULL = {"processes_per_replica": 1, "threads_per_process": 1, "max_replica_concurrency": 2}

@@ -11,7 +11,8 @@ from typing import TypeVar
 
 import pytest
 
-from replica_plugin.pages import Cells, LoadPage, MasterPage, Numbers, ReplicaPage
+from replica_plugin.cells import Cells
+from replica_plugin.pages import LoadPage, MasterPage, Numbers, ReplicaPage
 
 HEADER = 16  # bytes of turn, length and checksum, which are written last
 
@@ -287,7 +288,7 @@ def test_a_cell_says_which_request_its_slot_has_and_whether_the_response_may_hav
 def test_the_cells_of_a_process_that_was_killed_stay(new):
     cells = new(Cells(1))
     code = (
-        "import os, sys; from replica_plugin.pages import Cells; "
+        "import os, sys; from replica_plugin.cells import Cells; "
         "Cells(1, int(sys.argv[1])).begin(0, 9); os.kill(os.getpid(), 9)"
     )
     subprocess.run([sys.executable, "-c", code, str(cells.fd)], pass_fds=[cells.fd])

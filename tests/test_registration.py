@@ -10,8 +10,8 @@ import socket
 from server import wait_for
 
 from replica_plugin import registration
+from replica_plugin.cells import Cells
 from replica_plugin.channel import Register, close_all, receive_control
-from replica_plugin.pages import Cells
 from replica_plugin.registration import Registration
 
 OFFER = Register(1, 1, 1, False, False)

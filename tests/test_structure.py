@@ -17,10 +17,10 @@ MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
 KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
 DISPATCHER = {
-    "actions", "answers", "arrival", "arriving", "channel", "chunks", "clients", "connection",
-    "deadlines", "decisions", "dispatcher", "endings", "guard", "head", "heritage", "journal",
-    "listeners", "machine", "overtime", "pages", "process", "processes", "rate", "ready_file",
-    "request_queue", "rest", "roster", "rules", "stopping", "supervisor", "unpatched",
+    "actions", "answers", "arrival", "arriving", "cells", "channel", "chunks", "clients",
+    "connection", "deadlines", "decisions", "dispatcher", "endings", "guard", "head", "heritage",
+    "journal", "listeners", "machine", "overtime", "pages", "process", "processes", "rate",
+    "ready_file", "request_queue", "rest", "roster", "rules", "stopping", "supervisor", "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 

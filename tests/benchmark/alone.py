@@ -26,7 +26,7 @@ from typing import Any
 from gunicorn.config import Config
 from gunicorn.glogging import Logger
 
-from replica_plugin import channel, pages, processes
+from replica_plugin import cells, channel, pages, processes
 from replica_plugin.client_socket import ClientSocket
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
@@ -64,7 +64,7 @@ def slot() -> Callable[[int], None]:
     theirs, ours = channel.pair()
     end = channel.ProcessEnd(theirs)
     interrupter: Any = SimpleNamespace(here=threading.get_ident)
-    one = Slot(worker, 0, pages.Cells(1), Watch(1, interrupter, lambda: None))
+    one = Slot(worker, 0, cells.Cells(1), Watch(1, interrupter, lambda: None))
 
     def serve(number: int) -> None:
         client.send(REQUEST)
@@ -94,7 +94,7 @@ def dispatcher(keep: bool = True) -> Callable[[int], None]:
     ours, theirs = channel.pair()
     offer = channel.Register(age=1, slots=1, again=False, leaving=False)
     channel.send_register(
-        process, offer, theirs.fileno(), pages.Cells(1).fd, os.pidfd_open(os.getpid())
+        process, offer, theirs.fileno(), cells.Cells(1).fd, os.pidfd_open(os.getpid())
     )
     _until(one.turn, ours)
     ours.send(channel.FREE)
