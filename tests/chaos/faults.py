@@ -154,8 +154,9 @@ def kill_dispatcher_at_rest(scene: Scene) -> None:
     """While slots are free, so that the next request has to begin soon."""
     now = scene.server.numbers()
     if now.running < scene.cap and now.processes == scene.watcher.rules.processes:
-        scene.ledger.spared.append(time.monotonic())
         scene.signal(scene.server.dispatcher, signal.SIGKILL, "dispatcher")
+        scene.ledger.spared.append(time.monotonic())
+        scene.crowd.send(clients.plain, 1, "nap", "5")
         time.sleep(0.5)
 
 
