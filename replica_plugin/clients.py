@@ -69,7 +69,7 @@ class Clients:
         self._resumable = False
         self._last_call_at = math.inf
         self.called = False  # the last call is over
-        self.answered: deque[Connection] = deque()  # here, and `go_on` is to look at them soon
+        self.answered: deque[Connection] = deque()  # here; `follow_up` looks at them
         self.serve(serving)
 
     def serve(self, serving: Serving) -> None:
@@ -242,7 +242,7 @@ class Clients:
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
-    def go_on(self, now: float) -> None:
+    def follow_up(self, now: float) -> None:
         """See what follows on connections on which an answer was given here.
 
         One answer a turn: many requests sent at once neither nest nor keep us from others.

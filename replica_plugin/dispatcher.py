@@ -108,7 +108,7 @@ class Dispatcher:
             self._on_events(events, now)
             self._tick_at = min(self._tick_at, now + MOMENT)
         if self._clients.answered:
-            self._clients.go_on(now)
+            self._clients.follow_up(now)
         if self._tick_at <= now:
             self._tick(now)
             self._tick_at = min(now + TURN, self._next_deadline())

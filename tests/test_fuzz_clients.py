@@ -170,7 +170,7 @@ class Dispatcher:
             for _, mask in events:
                 if self.conn.state is not State.CLOSED:
                     self.clients.on_event(self.conn, mask, self._now)
-            self.clients.go_on(self._now)
+            self.clients.follow_up(self._now)
             self.clients.tick(self._now)
             self._check()
             more = self.clients.answered or self.clients.next_deadline() <= self._now
