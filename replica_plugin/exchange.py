@@ -12,12 +12,10 @@ from __future__ import annotations
 import errno
 import json
 from datetime import datetime, timedelta
-from functools import lru_cache, partial
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, Protocol
 
 from gunicorn import http, util
-from gunicorn.config import Config
 from gunicorn.http import wsgi
 from gunicorn.http.errors import NoMoreData
 
@@ -26,37 +24,12 @@ from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, Sen
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
+from .settled import Request
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
 _CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
 
 _get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
-
-
-class Request(http.Request):  # type: ignore[misc]
-    """gunicorn's, which asks once for each address, not for each request, whether it is trusted."""
-
-    def _peer_is_trusted_proxy(self) -> Any:
-        if isinstance(self.peer_addr, tuple):
-            return _is_trusted(self.peer_addr[0], self.cfg)
-        return super()._peer_is_trusted_proxy()
-
-
-@lru_cache(maxsize=1024)
-def _is_trusted(host: str, cfg: Config) -> Any:
-    return http.Request._peer_is_trusted_proxy(SimpleNamespace(peer_addr=(host, 0), cfg=cfg))
-
-
-class Settled(Config):  # type: ignore[misc]  # gunicorn ships no types
-    """A configuration that changes no more, with every setting as a plain attribute.
-
-    Parser, environ and response look some thirty of them up for each request, each of which
-    costs three calls in gunicorn's own.
-    """
-
-    def __init__(self, cfg: Config) -> None:
-        values = {name: setting.get() for name, setting in cfg.settings.items()}
-        self.__dict__.update(values, **vars(cfg))
 
 
 class Worker(Protocol):

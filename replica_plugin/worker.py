@@ -33,10 +33,10 @@ from . import hook, overtime
 from .cells import Cells
 from .channel import LEAVING, Adopt, Kind, ProcessEnd, Register, Report, send_adopt
 from .client_socket import ClientSocket
-from .exchange import Settled
 from .loading import Loading
 from .overdue import Interrupter, Run, Watch
 from .registration import Registration
+from .settled import Settled, settle
 from .slot import Slot
 from .unpatched import socketpair
 
@@ -132,6 +132,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def run(self) -> None:
         """Serve until dismissed."""
+        settle()
         self.cfg: Any = Settled(self.cfg)
         count = self.cfg.threads + self._extra
         self._cells = Cells(count)

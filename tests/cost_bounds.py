@@ -17,7 +17,7 @@ SYSTEM_CALLS = {
 
 INSTRUCTIONS = {
     # thousands, with Python 3.11 and gunicorn 27.0
-    "slot": 392,
+    "slot": 360,
     "dispatcher, kept-alive": 231,
     "dispatcher, new": 388,
 }

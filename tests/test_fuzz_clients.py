@@ -37,10 +37,11 @@ from replica_plugin.channel import Job
 from replica_plugin.client_socket import ClientSocket
 from replica_plugin.clients import Clients
 from replica_plugin.connection import Connection, State, timeval
-from replica_plugin.exchange import Exchange, Settled
+from replica_plugin.exchange import Exchange
 from replica_plugin.head import Head, Limits
 from replica_plugin.overdue import Watch
 from replica_plugin.rules import Serving
+from replica_plugin.settled import Settled
 
 PROBE = b"/-/healthz"
 LONG = 1000.0  # longer than every deadline

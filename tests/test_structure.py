@@ -15,7 +15,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "replica_plugin"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 
-KNOW_GUNICORN = {"answers", "boot", "exchange", "hook", "journal", "master", "supervisor", "worker"}
+KNOW_GUNICORN = {
+    "answers", "boot", "exchange", "hook", "journal", "master", "settled",
+    "supervisor", "worker",
+}  # fmt: skip
 DISPATCHER = {
     "actions", "answers", "arrival", "arriving", "cells", "channel", "chunks", "clients",
     "connection", "deadlines", "decisions", "dispatcher", "endings", "guard", "head", "heritage",

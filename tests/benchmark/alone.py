@@ -30,10 +30,10 @@ from replica_plugin import cells, channel, pages, processes
 from replica_plugin.client_socket import ClientSocket
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
-from replica_plugin.exchange import Settled
 from replica_plugin.journal import Journal
 from replica_plugin.overdue import Watch
 from replica_plugin.rules import Privileges, Serving, Wishes
+from replica_plugin.settled import Settled, settle
 from replica_plugin.slot import Slot
 
 from .bare import app
@@ -53,6 +53,7 @@ def slot() -> Callable[[int], None]:
     config = Config()
     config.set("worker_class", "replica_plugin.thread_worker.ThreadWorker")
     config.set("threads", 2)
+    settle()
     settled = Settled(config)
     worker: Any = SimpleNamespace(
         cfg=settled, log=Logger(settled), wsgi=app, serving=True, client_socket=ClientSocket,
