@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from enum import Enum, auto
 
 from .channel import LARGEST
 from .chunks import Chunks
@@ -32,13 +31,13 @@ FREE_MARK = 1 << 16  # and so many of each, which any connection's buffer holds
 _PEEK = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 
 
-class Sight(Enum):
+class Sight:
     """What a look at a connection shows of its next request."""
 
-    LEFT = auto()  # the client has closed
-    PART = auto()  # nothing, or not enough
-    READY = auto()
-    TOO_LARGE = auto()  # a head beyond the limits
+    LEFT = "left"  # the client has closed
+    PART = "part"  # nothing, or not enough
+    READY = "ready"
+    TOO_LARGE = "too_large"  # a head beyond the limits
 
 
 class Arrivals:
@@ -49,7 +48,7 @@ class Arrivals:
         self.buffer = bytearray(PEEK)
         self._marks = 0
 
-    def look(self, conn: Connection) -> Sight:
+    def look(self, conn: Connection) -> str:
         """See how much has come, and the head once it is there."""
         try:
             if conn.head is not None and not conn.head.chunked:

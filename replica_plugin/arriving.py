@@ -91,11 +91,11 @@ class Arriving:
         mark we set, its buffer may be full: see whether more comes in the next moment.
         """
         sight = self._arrivals.look(conn)
-        if sight is Sight.LEFT:
+        if sight == Sight.LEFT:
             self._host.close(conn)
-        elif sight is Sight.READY:
+        elif sight == Sight.READY:
             self._host.on_ready(conn, now)
-        elif sight is Sight.TOO_LARGE:
+        elif sight == Sight.TOO_LARGE:
             self._host.answer(conn, head_too_large(self._serving.limits.head), now)
         else:
             if woken and conn.mark:
@@ -150,7 +150,7 @@ class Arriving:
             self._on_idle(conn, now)
 
     def _on_glance(self, conn: Connection, now: float) -> None:
-        if conn.state is not State.ARRIVING:
+        if conn.state != State.ARRIVING:
             return
         if now - conn.looked_at >= _pause(conn):
             self.look(conn, now)
@@ -159,7 +159,7 @@ class Arriving:
 
     def _on_quiet(self, conn: Connection, now: float) -> None:
         """A client is silent, perhaps because nobody takes what it has sent."""
-        if conn.state is not State.ARRIVING or not conn.arrived:
+        if conn.state != State.ARRIVING or not conn.arrived:
             return
         if not conn.local:
             if conn.is_stuck():

@@ -33,7 +33,7 @@ from .connection import Connection, State, timeval
 from .deadlines import Deadlines
 from .endings import Endings
 from .head import Head
-from .listeners import Listener, Listeners
+from .listeners import ACCEPTS, Listener, Listeners
 from .rules import Serving
 
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
@@ -81,10 +81,10 @@ class Clients:
 
     # From a listener to a ready request.
 
-    def on_listener(self, fd: int, now: float) -> bool:
+    def on_listener(self, fd: int, now: float, most: int = ACCEPTS) -> bool:
         """Take new connections, up to a number; whether there may be more."""
         more = True
-        for each in self.listeners.accept(fd, now):
+        for each in self.listeners.accept(fd, now, most):
             if each is None:
                 more = False
             else:
@@ -111,12 +111,12 @@ class Clients:
         conn.touched = True
         if mask & LEFT:
             conn.hung_up = True
-        if conn.state is State.ARRIVING:
+        if conn.state == State.ARRIVING:
             self._arriving.on_event(conn, now)
-        elif conn.state is State.WAITING:
+        elif conn.state == State.WAITING:
             if conn.hung_up:
                 self._leave_queue(conn)
-        elif conn.state is not State.RUNNING:
+        elif conn.state != State.RUNNING:
             self._endings.on_event(conn, now)
 
     def _leave_queue(self, conn: Connection) -> None:
@@ -134,7 +134,7 @@ class Clients:
         conn.state = State.WAITING
         conn.ready_at = now
         self._judge.on_ready(conn, now)
-        if conn.state is State.WAITING:
+        if conn.state == State.WAITING:
             if conn.hung_up:
                 self._leave_queue(conn)
             else:
@@ -184,12 +184,12 @@ class Clients:
 
     def _after(self, conn: Connection, report: Report, now: float) -> None:
         """Go on as the slot has said."""
-        if report.end is End.UNTAKEN:
+        if report.end == End.UNTAKEN:
             self.answer(conn, UNTAKEN, now)
-        elif report.end is End.KEEP:
+        elif report.end == End.KEEP:
             conn.next_request(report.ahead, report.carry)
             self._go_on(conn, now)
-        elif report.end is End.LINGER or (report.end is End.CLOSE and conn.unread()):
+        elif report.end == End.LINGER or (report.end == End.CLOSE and conn.unread()):
             self._endings.linger(conn, now)
         else:
             self.close(conn)
@@ -236,7 +236,7 @@ class Clients:
 
     def _keeps(self, conn: Connection, head: Head) -> bool:
         """Whether the connection can go on: the request has surely ended where its head did."""
-        if conn.state is State.RUNNING or conn.hung_up or not self._serving.keepalive:
+        if conn.state == State.RUNNING or conn.hung_up or not self._serving.keepalive:
             return False
         if self._stopping or not (head.ends_request and head.keeps_alive):
             return False
@@ -249,7 +249,7 @@ class Clients:
         """
         for _ in range(len(self.answered)):
             conn = self.answered.popleft()
-            if conn.state is State.ARRIVING and conn.head is None:
+            if conn.state == State.ARRIVING and conn.head is None:
                 self._go_on(conn, now)
 
     def close(self, conn: Connection) -> None:
@@ -312,18 +312,18 @@ class Clients:
         self.called = True
         self._last_call_at = math.inf
         for conn in list(self.connections.values()):
-            if conn.state is State.ARRIVING and not (conn.arrived or conn.unread()):
+            if conn.state == State.ARRIVING and not (conn.arrived or conn.unread()):
                 self.close(conn)
 
     def give_up(self, answer: Answer, now: float) -> None:
         """Answer requests of which a part has come."""
         for conn in list(self.connections.values()):
-            if conn.state is State.ARRIVING and conn.arrived:
+            if conn.state == State.ARRIVING and conn.arrived:
                 self.answer(conn, answer, now)
 
     def pending(self) -> Iterator[Connection]:
         """Connections whose request is still to be answered."""
-        return (c for c in self.connections.values() if c.state is not State.LINGERING)
+        return (c for c in self.connections.values() if c.state != State.LINGERING)
 
     # Time.
 

@@ -8,7 +8,6 @@ import socket
 import struct
 import termios
 from contextlib import suppress
-from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 from .channel import Address
@@ -32,15 +31,15 @@ def timeval(seconds: float) -> bytes:
     return struct.pack("ll", int(whole), int(part * 1e6))
 
 
-class State(Enum):
+class State:
     """Where a connection stands. It is in a slot's hands while RUNNING."""
 
-    ARRIVING = auto()  # nothing, or a part, of the next request has come
-    WAITING = auto()  # its request is ready, and in the queue
-    RUNNING = auto()  # its request was sent to a process
-    SENDING = auto()  # its slot is free, and has left us what the client has not taken yet
-    LINGERING = auto()  # answered and half-closed; what still comes is thrown away
-    CLOSED = auto()
+    ARRIVING = "arriving"  # nothing, or a part, of the next request has come
+    WAITING = "waiting"  # its request is ready, and in the queue
+    RUNNING = "running"  # its request was sent to a process
+    SENDING = "sending"  # its slot is free, and has left us what the client has not taken yet
+    LINGERING = "lingering"  # answered and half-closed; what still comes is thrown away
+    CLOSED = "closed"
 
 
 class Connection:
@@ -80,7 +79,7 @@ class Connection:
         self.timer: Deadlines[Connection] | None = None
 
     def __repr__(self) -> str:
-        return f"<Connection {self.fd} of {self.client!r}: {self.state.name.lower()}>"
+        return f"<Connection {self.fd} of {self.client!r}: {self.state}>"
 
     def limit_waits(self, receive: bytes, send: bytes) -> None:
         """Bound every read and write a slot does on this socket; each limit is a `timeval`.

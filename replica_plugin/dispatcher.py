@@ -35,7 +35,7 @@ from .guard import Guard
 from .head import Head
 from .heritage import Heritage
 from .journal import Journal
-from .listeners import Listener
+from .listeners import ACCEPTS, Listener
 from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .ready_file import ReadyFile
@@ -79,6 +79,7 @@ class Dispatcher:
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
+        self._nudged = (frame.nudge, select.EPOLLIN)  # as epoll says it
         self._tick_at = 0.0
         self._spared = frame.replica_page.read().spared
         self._decisions.roster.was_ready = self._heritage.was_ready
@@ -114,33 +115,34 @@ class Dispatcher:
             self._tick_at = min(now + TURN, self._next_deadline())
 
     def _on_events(self, events: list[tuple[int, int]], now: float) -> None:
-        if self._frame.nudge in dict(events):
+        if self._nudged in events:
             self._on_nudge(now)
-        connections = self._clients.connections
-        arrivals, others, rare = [], [], []
+        connections, channels = self._clients.connections, self._processes.by_channel
+        arrivals, reports, rare = [], [], []
         for fd, mask in events:
             conn = connections.get(fd)
             if conn is None:
-                others.append((fd, mask))
-            elif mask & LEFT and conn.state is State.WAITING:
+                link = channels.get(fd)
+                if link is None:
+                    rare.append((fd, mask))
+                else:
+                    reports.append((link, mask))
+            elif mask & LEFT and conn.state == State.WAITING:
                 self._clients.on_event(conn, mask, now)
             else:
                 arrivals.append((conn, mask))
-        for fd, mask in others:
-            link = self._processes.by_channel.get(fd)
-            if link is None:
-                rare.append((fd, mask))
-            else:
-                self._processes.on_channel(link, mask, now)
+        for link, mask in reports:
+            self._processes.on_channel(link, mask, now)
         for conn, mask in arrivals:
             self._clients.on_event(conn, mask, now)
         for fd, mask in rare:
-            self._on_rare(fd, mask, now)
+            if fd in self._clients.listeners:
+                self._clients.on_listener(fd, now, min(ACCEPTS, len(events)))
+            else:
+                self._on_rare(fd, mask, now)
 
     def _on_rare(self, fd: int, mask: int, now: float) -> None:
-        if fd in self._clients.listeners:
-            self._clients.on_listener(fd, now)
-        elif fd == self._frame.master_pidfd:
+        if fd == self._frame.master_pidfd:
             self._on_master_death(now)
         elif fd in self._guard:
             self._guard.died()
@@ -229,18 +231,18 @@ class Dispatcher:
         self._write_table()
 
     def on_report(self, link: Link, report: Report, now: float) -> None:
-        if report.kind is Kind.FREE:
+        if report.kind == Kind.FREE:
             self.perform(self._decisions.freed(link.age, now), now)
             self._tick_at = now  # the page says that we are ready as soon as readyz does
-        elif report.kind is Kind.DONE:
+        elif report.kind == Kind.DONE:
             self._on_done(link, report, now)
-        elif report.kind is Kind.LEAVING:
+        elif report.kind == Kind.LEAVING:
             self.perform(self._decisions.leaving(link.age), now)
-        elif report.kind is Kind.RETURNED:
+        elif report.kind == Kind.RETURNED:
             self._on_returned(link, report.request, now)
-        elif report.kind is Kind.STALLED:
+        elif report.kind == Kind.STALLED:
             self._on_explained(link, report)
-        elif report.kind is Kind.TURNING:
+        elif report.kind == Kind.TURNING:
             self._processes.watch(now)
         else:
             self._on_overdue(link, report, now)
@@ -280,7 +282,7 @@ class Dispatcher:
         known = self._decisions.overdue(link.age, report.request)
         conn = self.requests.get(report.request) if known else None
         self._journal.overdue(conn, link.pid, report.carry.decode("utf-8", "replace"))
-        if conn is not None and report.kind is Kind.OVERDUE:
+        if conn is not None and report.kind == Kind.OVERDUE:
             self._answer_overdue(conn, now)
 
     def _answer_overdue(self, conn: Connection, now: float) -> None:

@@ -72,9 +72,9 @@ class Endings:
 
     def on_event(self, conn: Connection, now: float) -> None:
         """epoll has something to say about a connection that ends."""
-        if conn.state is State.SENDING:
+        if conn.state == State.SENDING:
             self._send_more(conn, now)
-        elif conn.state is State.LINGERING:
+        elif conn.state == State.LINGERING:
             self._drain(conn)
 
     def forget(self, conn: Connection) -> None:

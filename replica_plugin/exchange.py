@@ -82,11 +82,11 @@ class Exchange:
             isinstance(error, StopIteration) and self._request is None
         )
 
-    def _report(self, end: End) -> Report:
-        ahead = self._parser.unreader.buf.getvalue() if end is End.KEEP else b""
+    def _report(self, end: int) -> Report:
+        ahead = self._parser.unreader.buf.getvalue() if end == End.KEEP else b""
         if len(ahead) + len(self._carry) > LARGEST // 2:
             ahead, end = b"", End.LINGER
-        rest = None if end is End.ABORT else self._sock.rest()
+        rest = None if end == End.ABORT else self._sock.rest()
         return Report(Kind.DONE, self._job.request, end, ahead, self._carry, rest)
 
     def _know_proxy(self) -> None:
@@ -166,7 +166,7 @@ class Exchange:
 
     # The end.
 
-    def _end_of(self, response: Any) -> End:
+    def _end_of(self, response: Any) -> int:
         """How the connection goes on after a whole response."""
         if self._sock.trouble is not None:
             return End.ABORT
@@ -191,7 +191,7 @@ class Exchange:
             return False
         return False
 
-    def _on_error(self, error: BaseException) -> End:
+    def _on_error(self, error: BaseException) -> int:
         """Say what went wrong to the client, if it can still be told, and to the log."""
         trouble = self._sock.trouble
         if isinstance(trouble, ReceiveTimeoutError) and not self._sock.answering:
@@ -213,20 +213,20 @@ class Exchange:
             return self._told()
         return End.LINGER
 
-    def _too_late(self) -> End:
+    def _too_late(self) -> int:
         self._sock.trouble = None
         mesg = "Nothing of the request's body came for receive_timeout."
         self._log.warning("408: %s", mesg)
         util.write_error(self._sock, 408, "Request Timeout", mesg)
         return self._told()
 
-    def _overdue(self) -> End:
+    def _overdue(self) -> int:
         """The dispatcher answers, unless it is not the one that sent the request."""
         if not self._run.is_answered:
             util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()
 
-    def _told(self) -> End:
+    def _told(self) -> int:
         """Send the error that gunicorn has written."""
         try:
             self._sock.flush()

@@ -2,7 +2,8 @@
 
 Connections leave some descriptors to others: the rests of responses, and processes that
 register. When there are no more for connections, or the kernel has no memory for one, all
-wait in the backlog for a moment.
+wait in the backlog for a moment. In one turn as many are accepted as there are events of any
+kind: a single one then costs no second look, and nobody keeps the loop from the rest.
 
 Before one is closed that nobody else has, the kernel is told to drop what would begin another
 connection (a SYN without ACK), while those whose handshake is under way are still accepted. A
@@ -41,6 +42,13 @@ _PROGRAM = struct.pack(
 _MEMORY = ctypes.create_string_buffer(_PROGRAM)
 _FILTER = struct.pack("@HP", 5, ctypes.addressof(_MEMORY))
 _SHORTAGE = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+
+
+class Listening(socket.socket):
+    """A listening socket that need not make two enums of numbers for each connection it accepts."""
+
+    family = socket.SocketType.family  # type: ignore[assignment]
+    type = socket.SocketType.type  # type: ignore[assignment]
 
 
 class Listener:
@@ -93,14 +101,12 @@ class Listeners:
     def fds(self) -> list[int]:
         return list(self._listeners)
 
-    def accept(self, fd: int, now: float) -> Iterator[Connection | None]:
-        """New connections, up to ACCEPTS; None at the end if there are no more for now."""
+    def accept(self, fd: int, now: float, most: int = ACCEPTS) -> Iterator[Connection | None]:
+        """New connections, up to a number; None at the end if there are no more for now."""
         self.is_short = self.is_short and self._has_none_to_spare(fd)
-        for _ in range(ACCEPTS):
+        for _ in range(most):
             if self.is_short:
-                self._pause(now)
-                yield None
-                return
+                break
             try:
                 conn = self._listeners[fd].accept()
             except BlockingIOError:
@@ -111,6 +117,9 @@ class Listeners:
             else:
                 self.is_short = not self.has_room(conn.fd)
                 yield conn
+        if self.is_short:
+            self._pause(now)
+            yield None
 
     def has_room(self, fd: int) -> bool:
         """Whether this is a descriptor for connections, and not one of those left to others."""

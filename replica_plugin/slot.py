@@ -125,7 +125,7 @@ class Slot:
         if report.rest is not None and not self._leave_rest(channel, report, report.rest):
             report = _send_rest(report, sock)
         told = report.rest is not None or self._say(channel, report.encode())
-        if not told and report.end is End.KEEP:
+        if not told and report.end == End.KEEP:
             adopt = Adopt(job.number + 1, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)

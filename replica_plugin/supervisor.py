@@ -31,6 +31,7 @@ from gunicorn import util
 
 from .dispatcher import Dispatcher, Frame
 from .journal import Journal
+from .listeners import Listening
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Wishes, decode_wishes
 
@@ -101,7 +102,7 @@ class Supervisor:
         self._journal = journal
         self._replica_page = ReplicaPage(inheritance.replica_page)
         self._load_page = LoadPage(inheritance.load_page)
-        self._listeners = [socket.socket(fileno=fd) for fd in inheritance.listeners]
+        self._listeners = [Listening(fileno=fd) for fd in inheritance.listeners]
         self._control = socket.socket(fileno=inheritance.control)
         self._poll = select.poll()
         self._poll.register(inheritance.supervisor_nudge, select.POLLIN)

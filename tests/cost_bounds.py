@@ -8,16 +8,16 @@ from __future__ import annotations
 SYSTEM_CALLS = {
     # (mode, threads_per_process, connections): (process, dispatcher)
     ("thread", 1, "kept-alive"): (6, 3),
-    ("thread", 1, "new"): (6, 11),
+    ("thread", 1, "new"): (6, 10),
     ("thread", 2, "kept-alive"): (6, 3),
-    ("thread", 2, "new"): (6, 11),
+    ("thread", 2, "new"): (6, 10),
     ("gevent", 2, "kept-alive"): (7, 3),
-    ("gevent", 2, "new"): (7, 11),
+    ("gevent", 2, "new"): (7, 10),
 }
 
 INSTRUCTIONS = {
     # thousands, with Python 3.11 and gunicorn 27.0
-    "slot": 360,
-    "dispatcher, kept-alive": 231,
-    "dispatcher, new": 388,
+    "slot": 358,
+    "dispatcher, kept-alive": 220,
+    "dispatcher, new": 348,
 }

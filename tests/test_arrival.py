@@ -17,4 +17,4 @@ def test_a_client_that_reset_while_its_half_head_is_taken_is_gone_at_the_next_lo
         client.close()
         assert arrivals.take_ahead(conn)
         assert conn.ahead == b""
-        assert arrivals.look(conn) is Sight.LEFT
+        assert arrivals.look(conn) == Sight.LEFT

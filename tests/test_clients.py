@@ -43,7 +43,7 @@ class Idle:
         (self.conn,) = self.clients.connections.values()
 
     def close(self) -> None:
-        if self.conn.state is not State.CLOSED:
+        if self.conn.state != State.CLOSED:
             self.clients.close(self.conn)
         self.client.close()
         self.epoll.close()
@@ -77,15 +77,15 @@ def test_of_a_long_head_a_waiting_request_keeps_a_part_and_its_answer_ends_the_c
     assert idle.judge.ready == [idle.conn]
     assert (idle.conn.head.size, len(idle.conn.head.text)) == (len(head), HEAD_KEPT)
     idle.clients.answer(idle.conn, Answer(503, "full"), 0.0)
-    assert idle.conn.state is State.LINGERING
+    assert idle.conn.state == State.LINGERING
     assert b"Connection: close" in idle.client.recv(1 << 16)
 
 
 def test_an_idle_connection_is_closed_when_keepalive_ends(idle):
     idle.clients.tick(1.9)
-    assert idle.conn.state is State.ARRIVING
+    assert idle.conn.state == State.ARRIVING
     idle.clients.tick(2.0)
-    assert idle.conn.state is State.CLOSED
+    assert idle.conn.state == State.CLOSED
 
 
 def test_a_long_head_that_dribbles_is_looked_at_less_often_than_a_short_one(idle):

@@ -136,14 +136,14 @@ class Dispatcher:
     # What it asks of its judge.
 
     def on_ready(self, conn: Connection, now: float) -> None:
-        assert conn.state is State.WAITING and conn not in self._ready
+        assert conn.state == State.WAITING and conn not in self._ready
         self._ready.append(conn)
 
     def on_gone(self, conn: Connection) -> None:
         self._ready.remove(conn)
 
     def on_answered(self, conn: Connection, answer: Answer, now: float) -> None:
-        assert conn.state is not State.CLOSED
+        assert conn.state != State.CLOSED
 
     def on_cut_off(self, conn: Connection, now: float) -> None:
         pass
@@ -169,7 +169,7 @@ class Dispatcher:
         for _ in range(50):
             events = self.epoll.poll(0)
             for _, mask in events:
-                if self.conn.state is not State.CLOSED:
+                if self.conn.state != State.CLOSED:
                     self.clients.on_event(self.conn, mask, self._now)
             self.clients.follow_up(self._now)
             self.clients.tick(self._now)
@@ -325,7 +325,7 @@ def test_what_clients_send_is_read_as_by_gunicorn_alone(tcp, conversation, buffe
     expected = oracle(b"".join(parts), proxy)
     assert _agree(dispatcher.seen, expected), (dispatcher.seen, expected)
     assert dispatcher.clients.connections == {}
-    assert dispatcher.conn.state is State.CLOSED
+    assert dispatcher.conn.state == State.CLOSED
     dispatcher.close()
 
 

@@ -20,7 +20,7 @@ from replica_plugin import listeners
 from replica_plugin.cells import Cells
 from replica_plugin.channel import Job, pair
 from replica_plugin.connection import Connection
-from replica_plugin.listeners import PAUSE, Listener, Listeners
+from replica_plugin.listeners import ACCEPTS, PAUSE, Listener, Listeners
 from replica_plugin.processes import _SHORTAGE, Link, Processes
 
 FULL = {"processes_per_replica": 1, "threads_per_process": 1, "max_replica_concurrency": 2}
@@ -79,19 +79,20 @@ class Poor(Listener):
         return super().accept()
 
 
+@pytest.mark.parametrize("most", [1, ACCEPTS])
 @pytest.mark.parametrize("error", listeners._SHORTAGE)
-def test_what_the_kernel_has_no_memory_for_waits_in_the_backlog_for_a_moment(error):
+def test_what_the_kernel_has_no_memory_for_waits_in_the_backlog_for_a_moment(error, most):
     with socket.create_server(("127.0.0.1", 0)) as sock, select.epoll() as epoll:
         sock.setblocking(False)
         fd, found = sock.fileno(), Listeners(epoll, [Poor(sock, 1, error)])
         with socket.create_connection(sock.getsockname()):
             assert [fd for fd, _ in epoll.poll(PATIENCE)] == [fd]
-            assert list(found.accept(fd, 1.0)) == [None]
+            assert list(found.accept(fd, 1.0, most)) == [None]
             assert found.is_short and epoll.poll(0) == []
             found.tick(1.0 + PAUSE)
             assert [fd for fd, _ in epoll.poll(PATIENCE)] == [fd]
-            conn, nothing = found.accept(fd, 1.0 + PAUSE)
-            assert (nothing, found.is_short) == (None, False)
+            conn, *nothing = found.accept(fd, 1.0 + PAUSE, most)
+            assert (nothing, found.is_short) == ([None] * (most > 1), False)
             conn.sock.close()
 
 

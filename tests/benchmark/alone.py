@@ -31,6 +31,7 @@ from replica_plugin.client_socket import ClientSocket
 from replica_plugin.decisions import Rules
 from replica_plugin.dispatcher import Dispatcher, Frame
 from replica_plugin.journal import Journal
+from replica_plugin.listeners import Listening
 from replica_plugin.overdue import Watch
 from replica_plugin.rules import Privileges, Serving, Wishes
 from replica_plugin.settled import Settled, settle
@@ -80,7 +81,7 @@ def slot() -> Callable[[int], None]:
 
 def dispatcher(keep: bool = True) -> Callable[[int], None]:
     """What has a dispatcher hand out its nth request, and take the connection back."""
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = Listening(fileno=socket.create_server(("127.0.0.1", 0)).detach())
     listener.setblocking(False)
     control, process = channel.control_pair()
     page, nudge = pages.MasterPage(), os.eventfd(0)
