@@ -285,6 +285,19 @@ def test_a_dispatcher_that_hangs_is_replaced_by_a_supervisor_that_came_later(sta
     holds_all_slots(server, stage, 0)
 
 
+def test_a_process_keeps_nothing_of_a_dispatcher_that_died(start):
+    server = start(config=ONE)
+    (worker,) = server.workers
+    before = len(os.listdir(f"/proc/{worker}/fd"))
+    for _ in range(3):
+        dispatcher = server.dispatcher
+        server.tell(KILL, dispatcher)
+        wait_for(lambda pid=dispatcher: server.dispatcher != pid, "another dispatcher")
+        server.wait_numbers(slots=1, processes=1)
+        assert server.get("/hello").status == 200
+    wait_for(lambda: len(os.listdir(f"/proc/{worker}/fd")) == before, "as many descriptors")
+
+
 def test_without_their_master_processes_and_helpers_finish_and_end(start, stage, which):
     server = start(config=TWO, bind=BOTH)
     family = [*server.workers, server.supervisor, server.dispatcher]
