@@ -314,12 +314,13 @@ def test_without_their_master_processes_and_helpers_finish_and_end(start, stage,
 # What apps do to their processes.
 
 
-def test_a_child_that_the_app_has_forked_takes_no_requests(start, stage):
+@pytest.mark.parametrize("descriptors", ["", "poor"])
+def test_a_child_that_the_app_has_forked_takes_no_requests(start, stage, descriptors):
     server = start(config=ONE)
     with server.connect() as client:
-        child = client.get("/child").json
+        child = client.get(f"/child/{descriptors}").json
         try:
-            for _ in range(3):
+            for _ in range(20):
                 assert client.get("/hello").status == 200
             holds_all_slots(server, stage, 0, 1)
         finally:
