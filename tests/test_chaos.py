@@ -198,6 +198,18 @@ def test_an_idle_connection_is_not_closed_before_keepalive_has_passed(ledger, en
     assert problems(ledger) == []
 
 
+def test_only_an_idle_or_a_silent_connection_may_be_closed_in_a_pause(ledger, entry):
+    entry.outcome = "closed"
+    ledger.pauses = [(10.5, 10.8)]
+    assert problems(ledger) == ["no rule allows: closed"]
+    entry.traits = frozenset({"silent"})
+    assert problems(ledger) == []
+    entry.traits, entry.idle_since = frozenset(), 9.9
+    assert problems(ledger) == []
+    ledger.pauses = [(8.0, 9.0)]
+    assert problems(ledger) == ["no rule allows: closed"]
+
+
 def test_a_request_is_not_overtaken_by_one_that_was_ready_later(ledger, entry):
     """Unless something happened meanwhile that hides which came first."""
     entry.sent_at, entry.ended_at = 10.0, 12.5
