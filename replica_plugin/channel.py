@@ -217,7 +217,10 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     MSG_CMSG_CLOEXEC keeps clients' connections out of the programs that the app starts
     (`socket.recv_fds` loses its flags in Python 3.11).
     """
-    data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
+    try:
+        data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
+    except ConnectionResetError:  # it has not read all we said; told once, before what it said
+        data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
     if not rights:
         return data, []
     fds = array.array("i")

@@ -37,6 +37,8 @@ _IMPORTING = ("importlib", __package__)  # whose frames lie between a user's fil
 QUICK = 2
 """Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
 
+_ENDINGS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
+
 _loaded: Loaded | None = None
 _log: Any = None  # gunicorn's, once it has read its configuration
 _master: Master | None = None
@@ -142,7 +144,8 @@ def _on_reload(arbiter: Arbiter) -> None:
 def _post_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
         _master.restore_timeout()
-        worker.leave_at_once_when_told()  # the master's handlers, inherited, would lose a signal
+        worker.leave_at_once_when_told()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
@@ -206,6 +209,16 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     """Have some of the arbiter's methods do our part, too."""
     stop, setup, handle_usr1 = arbiter.stop, arbiter.setup, arbiter.handle_usr1
     reload, reexec, kill_workers = arbiter.reload, arbiter.reexec, arbiter.kill_workers
+    spawn_worker = arbiter.spawn_worker
+
+    def wrapped_spawn_worker() -> Any:
+        """A new process has the master's handlers, which would lose a signal: until `_post_fork`
+        it waits."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+        try:
+            return spawn_worker()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
 
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()
@@ -244,6 +257,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         setup=wrapped_setup,
         reload=wrapped_reload,
         reexec=wrapped_reexec,
+        spawn_worker=wrapped_spawn_worker,
         handle_usr1=wrapped_usr1,
     )
 

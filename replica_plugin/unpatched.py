@@ -7,6 +7,7 @@ means. Nothing here imports gevent.
 
 from __future__ import annotations
 
+import _socket
 import select
 import socket
 import sys
@@ -14,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from select import poll as poll
-    from socket import socket as _socket
+    from socket import socket as Socket_
 
-    Socket = _socket
+    Socket = Socket_
 else:
 
     def _original(module: Any, name: str) -> Any:
@@ -29,10 +30,11 @@ else:
 
 def socketpair(kind: int) -> tuple[Socket, Socket]:
     """As socket.socketpair, of Unix sockets. gevent would not only wrap them, but make them
-    non-blocking."""
+    non-blocking, and a hub for the thread that asks: one that does not turn, where it is not the
+    main thread, so that gevent's `os.close`, which waits for a turn, would close nothing."""
     ours, theirs = (
-        Socket(fileno=each.detach()) for each in socket.socketpair(socket.AF_UNIX, kind)
+        Socket(fileno=each.detach()) for each in _socket.socketpair(socket.AF_UNIX, kind)
     )
-    for end in (ours, theirs):
+    for end in (ours, theirs):  # whatever setdefaulttimeout says
         end.setblocking(True)
     return ours, theirs

@@ -140,6 +140,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._watch = Watch(count, self._interrupter(), self._wake_attendant)
         slots = [Slot(self, index, self._cells, self._watch) for index in range(count)]
         self._working = len(slots)
+        self._nowhere, other = socketpair(socket.SOCK_SEQPACKET)
+        other.close()
         os.register_at_fork(after_in_child=self._part_from_parent)
         self._serve(slots)
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
@@ -148,12 +150,13 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             signal.signal(number, signal.SIG_IGN)
 
     def _part_from_parent(self) -> None:
-        """A child that the app forks, in which gevent's hub turns on, takes no requests of ours."""
-        nowhere, other = socketpair(socket.SOCK_SEQPACKET)
-        other.close()
+        """A child that the app forks, in which gevent's hub turns on, takes no requests of ours.
+
+        There may be no descriptor left for that; so `_nowhere` was made before.
+        """
         if self._channel is not None:
-            os.dup2(nowhere.fileno(), self._channel.sock.fileno(), inheritable=False)
-        self._control = nowhere
+            os.dup2(self._nowhere.fileno(), self._channel.sock.fileno(), inheritable=False)
+        self._control = self._nowhere
 
     # What each mode does in its own way.
 

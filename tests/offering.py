@@ -1,7 +1,8 @@
 """A process that offers itself on the control socket that is its stdin, and may lie.
 
 Options, as JSON: `age`, `slots`; `pidfd`, of another process, or none; `cells`, which are `short`
-or `unsealed`; `channel`, a `stream`; `then`, options of another offer; `talks`, without an end.
+or `unsealed`; `channel`, a `stream`; `then`, options of another offer; `talks`, without an end;
+`fills` its channel, and ends.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from replica_plugin.cells import Cells
-from replica_plugin.channel import FREE, Register, pair, send_register
+from replica_plugin.channel import FREE, Register, pair, send, send_register
 
 
 def offer(
@@ -36,12 +37,25 @@ def offer(
     return ours, theirs, page, process
 
 
-def main(then: Any = None, talks: bool = False, **options: Any) -> None:
+def fill(channel: socket.socket) -> int:
+    """Say as much as there is room for; how much that is."""
+    count = 0
+    with suppress(BlockingIOError):
+        while True:
+            send(channel, FREE)
+            count += 1
+    return count
+
+
+def main(then: Any = None, talks: bool = False, fills: bool = False, **options: Any) -> None:
     with socket.socket(fileno=0) as control:
         held = [offer(control, **options)]
         if then:
             held.append(offer(control, **then))
         print("offered", flush=True)
+        if fills:
+            print(fill(held[0][0]))
+            return
         while talks:
             with suppress(OSError):
                 held[0][0].send(FREE)

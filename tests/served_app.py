@@ -6,10 +6,12 @@ import asyncio
 import gc
 import json
 import os
+import resource
 import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 HOME = threading.get_native_id()  # the thread that imports the app; gevent's have none of these
 _lock = threading.Lock()
@@ -51,12 +53,26 @@ def missing(environ, start_response, rest):
 
 
 def child(environ, start_response, rest):
-    """Fork a child, which sleeps."""
+    """Fork a child, which sleeps; `child/poor` when one descriptor is left."""
+    taken = take_descriptors() if rest else []
     pid = os.fork()
     if not pid:
         time.sleep(600)
         os._exit(0)
+    for fd in taken:
+        os.close(fd)
     return as_json(start_response, pid)
+
+
+def take_descriptors():
+    """All there are but one, without which gevent's hub does not turn in a child."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    taken = []
+    with suppress(OSError):
+        while True:
+            taken.append(os.dup(0))
+    os.closerange(taken[-1], taken.pop() + 1)  # gevent closes later
+    return taken
 
 
 def close_all(environ, start_response, rest):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,13 +19,20 @@ from replica_plugin import stats
 from replica_plugin.stats import Stats
 
 LONGEST = 300  # seconds, which only ever fail the test
+SEEDS = {"thread": "2", "gevent": "10"}
+"""Always the same, unless CHAOS_SEED is set: what a change breaks is not to depend on luck.
+
+These have many faults, one a change of mode, the other an upgrade at its end.
+"""
 PROCESS, DISPATCHER = 100, 200  # pids
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["thread", "gevent"])
+@pytest.mark.parametrize("mode", SEEDS)
 def test_some_seconds_of_chaos_is_accounted_for(mode):
-    command = [sys.executable, str(TESTS / "chaos"), "--minutes", "0.05", "--mode", mode]
+    seed = os.environ.get("CHAOS_SEED", SEEDS[mode])
+    options = ["--minutes", "0.05", "--mode", mode, "--seed", seed]
+    command = [sys.executable, str(TESTS / "chaos"), *options]
     run = subprocess.run(
         command, env=environment(), capture_output=True, text=True, timeout=LONGEST
     )
@@ -192,6 +200,18 @@ def test_an_idle_connection_is_not_closed_before_keepalive_has_passed(ledger, en
     assert problems(ledger) == ["no rule allows: closed"]
     entry.idle_since = 8.0
     assert problems(ledger) == []
+
+
+def test_only_an_idle_or_a_silent_connection_may_be_closed_in_a_pause(ledger, entry):
+    entry.outcome = "closed"
+    ledger.pauses = [(10.5, 10.8)]
+    assert problems(ledger) == ["no rule allows: closed"]
+    entry.traits = frozenset({"silent"})
+    assert problems(ledger) == []
+    entry.traits, entry.idle_since = frozenset(), 9.9
+    assert problems(ledger) == []
+    ledger.pauses = [(8.0, 9.0)]
+    assert problems(ledger) == ["no rule allows: closed"]
 
 
 def test_a_request_is_not_overtaken_by_one_that_was_ready_later(ledger, entry):

@@ -285,6 +285,19 @@ def test_a_dispatcher_that_hangs_is_replaced_by_a_supervisor_that_came_later(sta
     holds_all_slots(server, stage, 0)
 
 
+def test_a_process_keeps_nothing_of_a_dispatcher_that_died(start):
+    server = start(config=ONE)
+    (worker,) = server.workers
+    before = len(os.listdir(f"/proc/{worker}/fd"))
+    for _ in range(3):
+        dispatcher = server.dispatcher
+        server.tell(KILL, dispatcher)
+        wait_for(lambda pid=dispatcher: server.dispatcher != pid, "another dispatcher")
+        server.wait_numbers(slots=1, processes=1)
+        assert server.get("/hello").status == 200
+    wait_for(lambda: len(os.listdir(f"/proc/{worker}/fd")) == before, "as many descriptors")
+
+
 def test_without_their_master_processes_and_helpers_finish_and_end(start, stage, which):
     server = start(config=TWO, bind=BOTH)
     family = [*server.workers, server.supervisor, server.dispatcher]
@@ -301,12 +314,13 @@ def test_without_their_master_processes_and_helpers_finish_and_end(start, stage,
 # What apps do to their processes.
 
 
-def test_a_child_that_the_app_has_forked_takes_no_requests(start, stage):
+@pytest.mark.parametrize("descriptors", ["", "poor"])
+def test_a_child_that_the_app_has_forked_takes_no_requests(start, stage, descriptors):
     server = start(config=ONE)
     with server.connect() as client:
-        child = client.get("/child").json
+        child = client.get(f"/child/{descriptors}").json
         try:
-            for _ in range(3):
+            for _ in range(20):
                 assert client.get("/hello").status == 200
             holds_all_slots(server, stage, 0, 1)
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from collections import Counter
@@ -72,6 +73,12 @@ def test_gevent_is_imported_by_master_and_processes_of_gevent_mode_only(start):
     server = start(config={**GEVENT, "mode": "thread"})
     assert not any(map(holds_gevent, [server.process.pid, *server.workers]))
     assert not [name for name in server.get("/modules").json if name.startswith("gevent")]
+
+
+def test_a_process_has_one_hub(start):
+    (worker,) = start(config=ONE).workers
+    kinds = [os.readlink(each) for each in Path(f"/proc/{worker}/fd").iterdir()]
+    assert kinds.count("anon_inode:[eventpoll]") == 1
 
 
 PATCHED = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import re
 import select
@@ -21,8 +22,19 @@ import pytest
 from server import Server, environment
 from stage import PATIENCE
 
-from replica_plugin.channel import Register, control_pair, send
-from replica_plugin.processes import TURN, Processes
+from replica_plugin.cells import Cells
+from replica_plugin.channel import (
+    FREE,
+    End,
+    Job,
+    Kind,
+    Register,
+    Report,
+    control_pair,
+    pair,
+    send,
+)
+from replica_plugin.processes import TURN, Link, Processes
 from replica_plugin.rest import Rest
 
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
@@ -303,6 +315,42 @@ def test_a_process_that_never_stops_talking_leaves_others_their_turns(control):
     told = len(control.office.told)
     control.processes.on_channel(link, select.EPOLLIN, 0.0)
     assert 0 < len(control.office.told) - told <= TURN
+
+
+def test_as_much_is_read_at_once_as_a_process_has_requests_to_report(control):
+    process, theirs = pair()
+    pidfd, client = os.pidfd_open(os.getpid()), os.dup(0)
+    link = Link(1, os.getpid(), 2, 0, theirs, Cells(2), pidfd)
+    control.processes._know(link)
+    for request in range(2):
+        assert control.processes.send(1, job(request), client)
+    for message in (done(0), done(1), FREE, FREE):
+        process.send(message)
+    heard = []
+    for _ in range(3):
+        control.processes.on_channel(link, select.EPOLLIN, 0.0)
+        heard.append(len(control.office.told))
+    assert heard == [2, 3, 4]
+    control.processes._on_death(link, 0.0)
+    process.close()
+    os.close(client)
+
+
+def job(request: int) -> Job:
+    return Job(request, 1, "", "", b"", b"", False, 0.0, math.inf)
+
+
+def done(request: int) -> bytes:
+    return Report(Kind.DONE, request, End.KEEP).encode()
+
+
+def test_all_that_a_process_said_before_it_died_is_heard(control):
+    child = control.register(age=1, fills=True)
+    count = int(child.stdout.readline())
+    child.wait()
+    (link,) = control.processes.links.values()
+    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    assert control.office.told == ["on_registered", *["on_report"] * count, "on_death"]
 
 
 def test_the_control_socket_leaves_others_their_turns(control):

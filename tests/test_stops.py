@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from conftest import which_by_mode
@@ -197,6 +198,40 @@ def knock(server: Server, which: int) -> set[int]:
             seen.add(server.get("/hello", which).status)
         except (ConnectionRefusedError, FileNotFoundError):
             return seen
+
+
+HELD = """
+import os, signal
+
+def hold():
+    if os.path.exists("hold"):
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+os.register_at_fork(after_in_child=hold)
+from replica_plugin.conf import *
+"""
+
+
+def test_term_to_a_process_that_has_just_been_forked_is_not_lost(start):
+    server = start(config=TWO, base=("-c", "conf.py"), files={"conf.py": HELD})
+    old, dispatcher = server.workers, server.dispatcher
+    (server.folder / "hold").touch()
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: len(server.workers) == 4, "successors")
+    new = set(server.workers) - set(old)
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: all(map(is_told_to_end, new)), "TERM to all")
+    wait_for(lambda: not os.path.exists(f"/proc/{dispatcher}"), "the dispatcher's end")
+    (server.folder / "hold").unlink()  # the reload has brought the hook once more
+    for pid in new:
+        server.tell(signal.SIGCONT, pid)
+    assert server.process.wait(20) == 0
+
+
+def is_told_to_end(pid: int) -> bool:
+    """Whether a TERM has come, which it has not seen yet."""
+    pending = Path(f"/proc/{pid}/status").read_text().partition("ShdPnd:")[2].split()[0]
+    return bool(int(pending, 16) & 1 << signal.SIGTERM - 1)
 
 
 # drain_delay

@@ -123,8 +123,9 @@ class Watcher:
         if rules is not None:
             self._watch("supervisor", self._supervisor)
             with self._publishing:
-                self.rules = rules
-                self._publish(rules, time.monotonic())
+                if rules.processes:  # in a pause what has come is finished as before
+                    self.rules = rules
+                self._publish(self.rules, time.monotonic())
         for fd, _ in self._poll.poll(0):
             self._on_death(fd)
 

@@ -295,6 +295,21 @@ def one_less(scene: Scene) -> None:
         scene.expect(replace(rules, processes=rules.processes - 1), signal.SIGTTOU)
 
 
+def pause(scene: Scene) -> None:
+    """No processes: what has come is finished, new clients wait; a HUP or a TTIN ends it."""
+    scene.fire()
+    told = "graceful stop of workers"
+    count, began = scene.log_count(told), time.monotonic()
+    scene.to_master(signal.SIGWINCH)
+    wait_for(lambda: scene.log_count(told) > count, told)
+    time.sleep(scene.random.random() * 3)
+    if scene.random.random() < 0.5:
+        reload_same(scene)
+    else:
+        scene.expect(replace(scene.watcher.rules, processes=1), signal.SIGTTIN)
+    scene.ledger.pauses.append((began, time.monotonic()))
+
+
 def recycle_process(scene: Scene) -> None:
     scene.fire()
     process = scene.process()
@@ -360,6 +375,7 @@ MIX: dict[Fault, int] = {
     reload_unloadable: 2,
     one_more: 4,
     one_less: 4,
+    pause: 3,
     recycle_process: 4,
     reopen_logs: 1,
     burst: 6,

@@ -115,6 +115,7 @@ class Ledger:
     refuses_at: float = 0.0  # nobody listens any more, from about then on
     doubled_at: float = 0.0  # there were two masters, and so two queues, from then on
     quick: bool = False  # it was a stop that waits for nothing
+    pauses: list[tuple[float, float]] = field(default_factory=list)  # from, to
     spared: list[float] = field(default_factory=list)  # a dispatcher died, and slots were free
     story: list[tuple[float, str]] = field(default_factory=list)  # what was done to the server
 

@@ -18,6 +18,8 @@ SLOW_PROBE = 5.0
 """Seconds in which a probe is answered, on a machine that has no CPU to spare."""
 BIRTH = 3.0
 """Seconds in which a new dispatcher may take slots for busy that are not."""
+PAUSED = 1.0
+"""Seconds after a pause in which clients may see that it has closed their connections."""
 RESTART = 5.0
 """Seconds within which a request begins after a dispatcher died, on a machine that is busy."""
 
@@ -358,6 +360,12 @@ def stopping(case: Case) -> bool:
     return 0 < case.ledger.stopped_at < case.entry.ended_at
 
 
+def pausing(case: Case) -> bool:
+    """In a pause, or right after it."""
+    ended = case.entry.ended_at
+    return any(began < ended < end + PAUSED for began, end in case.ledger.pauses)
+
+
 def not_listening(case: Case) -> bool:
     return 0 < case.ledger.refuses_at < case.entry.ended_at
 
@@ -453,6 +461,8 @@ RULES = (
     # The stop.
     Rule("closed", "stop: silent", not_run, stopping, trait("silent")),
     Rule("closed", "stop: idle", not_run, stopping, kept),
+    Rule("closed", "pause: silent", not_run, pausing, trait("silent")),
+    Rule("closed", "pause: idle", not_run, pausing, kept),
     Rule("refused", "stop", not_run, not_listening),
     Rule("closed", "quick stop", quick),
     Rule("cut", "quick stop", quick),

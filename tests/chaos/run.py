@@ -28,6 +28,11 @@ CONFIG = """\
 from replica_plugin import overtime
 overtime.GRACE = {grace}
 from replica_plugin.conf import *
+
+def when_ready(server):
+    server.cfg.set("daemon", True)  # which is when gunicorn heeds WINCH; it is none
+
+on_reload = when_ready
 """
 COMMAND = (str(Path(sys.executable).parent / "gunicorn"),)
 SETTLED = 60.0  # seconds in which everything that was begun has to be over
