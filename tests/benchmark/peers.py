@@ -113,7 +113,7 @@ PEERS = {
         Peer("cheroot", cheroot, processes=False, reload=None),
     )
 }
-OURS, UWSGI, GTHREAD = "ours", "uWSGI", "gthread"
+OURS, GEVENT, UWSGI, GTHREAD = "ours", "ours, gevent", "uWSGI", "gthread"
 THREE = (OURS, UWSGI, GTHREAD)
 CAPPED = tuple(name for name in PEERS if name != "gevent, no cap")
 

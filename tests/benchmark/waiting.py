@@ -9,7 +9,7 @@ from statistics import mean
 from .ideal import poisson, services, sojourns
 from .load import Request, lateness, open_loop
 from .numbers import percentile
-from .peers import CAPPED, THREE, Server, serving
+from .peers import CAPPED, GEVENT, THREE, Server, serving
 from .plan import Run
 
 MEAN = 0.03  # seconds of service
@@ -48,8 +48,8 @@ SLEEPING = [
     Cell(50),
     Cell(95),
     *(Cell(load, service) for service in ("constant", "heavy-tailed") for load in (75, 90)),
-    *(Cell(load, keep=True) for load in (75, 90)),
 ]
+KEPT = [Cell(load, keep=True) for load in (75, 90)]
 BURNING = [Cell(load, work="burn", slots=2) for load in (50, 75)]
 
 
@@ -58,6 +58,8 @@ def measure(run: Run) -> None:
         _cells(run, MAIN, servers, run.plan.rounds, run.plan.main)
         some = {name: servers[name] for name in run.among(THREE)}
         _cells(run, SLEEPING, some, run.plan.less, run.plan.rest)
+        some = {name: servers[name] for name in run.among((*THREE, GEVENT))}
+        _cells(run, KEPT, some, run.plan.less, run.plan.rest)
     with serving(run.among(THREE), P, 1) as servers:
         _cells(run, BURNING, servers, run.plan.less, run.plan.rest)
 
