@@ -15,7 +15,9 @@ from .plan import Run
 
 CONNECTIONS = 16
 SHAPES = ((2, 1), (2, 2), (2, 4))
+GREEN = (2, 100)  # what gevent mode is for
 MAIN = ("ours", "ours, gevent", "uWSGI", "gthread", "gevent, no cap")
+GEVENT = ("ours, gevent", "gevent, no cap")
 OTHERS = ("sync", "waitress", "granian", "cheroot")
 FLOOR, CALLS, ALONE = "without a server", "a call", "alone in one thread"
 
@@ -31,6 +33,7 @@ def measure(run: Run) -> None:
         run.part.add(ALONE, name, figures)
     for p, t in SHAPES:
         _compare(run, run.among(MAIN + (OTHERS if (p, t) == (2, 2) else ())), p, t, "served")
+    _compare(run, run.among(GEVENT), *GREEN, "served")
     _compare(run, run.among(THREE), 2, 2, "bare")
 
 
