@@ -13,6 +13,7 @@ from stage import Actor, Stage
 
 pytestmark = IN_BOTH_MODES
 
+PIPELINED = 150
 FULL = (
     "The replica is full: 10 requests are in flight, "
     "as many as max_replica_concurrency (10) admits."
@@ -122,13 +123,16 @@ def test_a_refused_post_is_told_though_much_of_its_body_is_still_on_the_way(repl
 
 
 def test_hundreds_of_pipelined_requests_are_all_refused(replica, stage, which):
-    """Each answer leads to the next request; were it a call in a call, the stack would end."""
+    """Each answer leads to the next request; were it a call in a call, the stack would end.
+
+    Not more than a Unix socket holds the answers to (1,280 bytes each of 208 KiB), unread.
+    """
     dispatcher = replica.dispatcher
     clients, actors = fill(replica, stage, which)
     with replica.connect(which) as client:
         for _ in range(4):
-            client.send(b"GET /hello HTTP/1.1\r\nHost: test\r\n\r\n" * 200)
-            assert Counter(client.reply().status for _ in range(200)) == {503: 200}
+            client.send(b"GET /hello HTTP/1.1\r\nHost: test\r\n\r\n" * PIPELINED)
+            assert Counter(client.reply().status for _ in range(PIPELINED)) == {503: PIPELINED}
     empty(clients, actors, stage)
     assert replica.dispatcher == dispatcher
 
