@@ -1,9 +1,10 @@
 """A client's socket in the hands of a slot.
 
-The dispatcher has bounded every read and write in the kernel (SO_RCVTIMEO, SO_SNDTIMEO), so
-that the socket needs no timeouts of Python's, each of which costs a system call. Here the
-kernel's EAGAIN gets a name, the slot's cell learns when the response begins, and what went
-wrong with the client is told apart from what went wrong in the app.
+Reads and writes are told not to wait (not by O_NONBLOCK, which would be set for whoever has the
+connection next), since what they want is mostly there. Where it is not, `_wait` does: for as long
+as the dispatcher has set with the socket (SO_RCVTIMEO, SO_SNDTIMEO), and in short turns, since a
+thread can be interrupted between two of them only (overdue.py). The slot's cell learns when the
+response begins, and what went wrong with the client is told apart from what went wrong in the app.
 
 The head of a response, which gunicorn writes by itself, is held until there is a part of the
 body to go with it, or `flush`: one write a response, not two, and one wake-up of the client.
@@ -15,18 +16,23 @@ each part of the body out of the app's hands before the app is asked for the nex
 
 from __future__ import annotations
 
+import math
 import os
+import select
 import socket
+import struct
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from .rest import PIECE, Rest, queued
-from .unpatched import Socket
+from .unpatched import Socket, poll
 
 JOINED = 1 << 16  # bytes of body up to which copying it behind the head is cheaper than a write
-GIGA = 1 << 30  # bytes the kernel is asked to send of a file at a time
+TURN = 0.25  # seconds after which a thread that waits for a client can be interrupted, at most
+_TIMEVAL = struct.Struct("ll")
 _NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _INTERIM = b"1"  # the first digit of a status that is no response yet: 103 Early Hints
 
@@ -55,7 +61,7 @@ class ClientSocket(Socket):
     """
 
     __slots__ = (
-        "_claim", "_finishing", "_flags", "_head", "_left", "_left_size", "_room", "answering",
+        "_claim", "_finishing", "_hasty", "_head", "_left", "_left_size", "_room", "answering",
         "trouble", "written",
     )  # fmt: skip
 
@@ -74,28 +80,51 @@ class ClientSocket(Socket):
         self._left: deque[memoryview] = deque()
         self._left_size = 0
         self._room = room
-        self._flags = 0
+        self._hasty = False
         self._head = b""  # what is held
         self.written = False
         self._claim = claim
 
     def read_only_what_is_there(self) -> None:
         """From now on a read that would wait fails."""
-        self._flags = socket.MSG_DONTWAIT
+        self._hasty = True
 
     def recv(self, size: int, flags: int = 0) -> bytes:
         """As socket.recv. Raises ReceiveTimeoutError."""
-        try:
-            return super().recv(size, flags | self._flags)
-        except OSError as error:
-            raise self._noted(error, ReceiveTimeoutError) from None
+        while True:
+            try:
+                return super().recv(size, flags | _NOW)
+            except BlockingIOError:
+                self._await_bytes()
+            except OSError as error:
+                raise self._noted(error, ReceiveTimeoutError) from None
+
+    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
+        """As socket.recv_into, which an app may use by `makefile`. Raises ReceiveTimeoutError."""
+        while True:
+            try:
+                return super().recv_into(buffer, nbytes, flags | _NOW)
+            except BlockingIOError:
+                self._await_bytes()
+            except OSError as error:
+                raise self._noted(error, ReceiveTimeoutError) from None
 
     def send(self, data: Any, flags: int = 0) -> int:
         """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
         try:
-            return super().send(data, flags)
+            return super().send(data, flags | _NOW)
+        except BlockingIOError:
+            return self._send_later(data, flags)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
+
+    def _send_later(self, data: Any, flags: int) -> int:
+        try:
+            while not (sent := self._send_some(data, flags)):
+                pass
+        except OSError as error:
+            raise self._noted(error, SendTimeoutError) from None
+        return sent
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """As socket.sendall; holds the head. Raises SendTimeoutError."""
@@ -220,22 +249,47 @@ class ClientSocket(Socket):
     def _send_some(self, data: memoryview, flags: int) -> int:
         """Send what there is room for, once there is some. Raises BlockingIOError."""
         before = queued(self)
+        ready = self._wait(socket.SO_SNDTIMEO)
         try:
-            return super().send(data, flags)
+            return super().send(data, flags | _NOW)
         except BlockingIOError:
-            if queued(self) >= before:
+            if not ready and queued(self) >= before:
                 raise
             return 0
 
     def _sendfile_some(self, fd: int, offset: int, count: int) -> int | None:
-        """As `_send_some`, from a file; 0 at its end, None if there was no room yet."""
+        """As `_send_some`, from a file; 0 at its end, None if there was no room yet.
+
+        sendfile() has no MSG_DONTWAIT. But it need not wait for a part of the buffer of which a
+        third is free, as it is when the kernel says that one can write.
+        """
         before = queued(self)
-        try:
-            return os.sendfile(self.fileno(), fd, offset, min(GIGA, count))
-        except BlockingIOError:
-            if queued(self) >= before:
-                raise
-            return None
+        if self._wait(socket.SO_SNDTIMEO):
+            room = self.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 4
+            return os.sendfile(self.fileno(), fd, offset, min(room, count))
+        if queued(self) >= before:
+            raise BlockingIOError
+        return None
+
+    def _await_bytes(self) -> None:
+        if self._hasty or not self._wait(socket.SO_RCVTIMEO):
+            raise self._noted(BlockingIOError(), ReceiveTimeoutError)
+
+    def _wait(self, limit: int) -> bool:
+        """Wait to read or to write, up to this limit of the socket's; whether that was enough."""
+        until = time.monotonic() + (self._seconds(limit) or math.inf)
+        client = poll()
+        client.register(self, select.POLLIN if limit == socket.SO_RCVTIMEO else select.POLLOUT)
+        while (left := until - time.monotonic()) > 0:
+            if client.poll(min(TURN, left) * 1000):
+                return True
+        return False
+
+    def _seconds(self, limit: int) -> float:
+        """What the dispatcher has told the kernel; 0 for no limit."""
+        option = self.getsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.size)
+        whole, millionths = _TIMEVAL.unpack(option)
+        return float(whole + millionths / 1e6)
 
     def _begin(self) -> None:
         if self.trouble is not None:

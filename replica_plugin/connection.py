@@ -84,8 +84,7 @@ class Connection:
     def limit_waits(self, receive: bytes, send: bytes) -> None:
         """Bound every read and write a slot does on this socket; each limit is a `timeval`.
 
-        Kernel timeouts, because they cost a slot nothing, where Python's own cost one poll
-        a call, and travel with the descriptor.
+        In the kernel, so that they travel with the descriptor (client_socket.py).
         """
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, receive)
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send)

@@ -3,8 +3,7 @@
 Where a thread would wait in the kernel, here only the greenlet does (gevent_worker.py).
 
 1. One watcher reads the channel: two greenlets may not wait on one socket.
-2. No O_NONBLOCK is set on clients' sockets, which would be set for whoever has them next;
-   reads and writes are told not to wait, and the hub waits where they would have.
+2. Of a client's socket only the waiting is different (client_socket.py).
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import os
 import signal
 import socket
-import struct
 import sys
 from collections import deque
 from collections.abc import Callable
@@ -26,16 +24,14 @@ import gevent.monkey
 import gevent.socket
 
 from .channel import LEAVE, Kind, ProcessEnd, Report, close_all, decode_job, receive
-from .client_socket import ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .client_socket import ClientSocket
 from .errors import OverdueError
 from .overdue import SIGNAL, Run
-from .rest import PIECE, queued
-from .unpatched import Socket
+from .rest import PIECE
 
 READABLE = 1
 _NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-_TIMEVAL = struct.Struct("ll")
 
 _get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
 
@@ -164,71 +160,19 @@ class GreenEnd(ProcessEnd):
 
 
 class GreenClientSocket(ClientSocket):
-    """A client's socket of which only the greenlet waits, for as long as the kernel would have."""
-
-    def recv(self, size: int, flags: int = 0) -> bytes:
-        """As socket.recv. Raises ReceiveTimeoutError."""
-        while True:
-            try:
-                return Socket.recv(self, size, flags | _NOW)
-            except BlockingIOError:
-                self._await_bytes()
-            except OSError as error:
-                raise self._noted(error, ReceiveTimeoutError) from None
-
-    def recv_into(self, buffer: Any, nbytes: int = 0, flags: int = 0) -> int:
-        """As socket.recv_into, which an app may use by `makefile`. Raises ReceiveTimeoutError."""
-        while True:
-            try:
-                return Socket.recv_into(self, buffer, nbytes, flags | _NOW)
-            except BlockingIOError:
-                self._await_bytes()
-            except OSError as error:
-                raise self._noted(error, ReceiveTimeoutError) from None
-
-    def send(self, data: Any, flags: int = 0) -> int:
-        """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
-        try:
-            return Socket.send(self, data, flags | _NOW)
-        except BlockingIOError:
-            return self._send_later(data, flags)
-        except OSError as error:
-            raise self._noted(error, SendTimeoutError) from None
-
-    def _send_later(self, data: Any, flags: int) -> int:
-        try:
-            while not (sent := self._send_some(data, flags)):
-                pass
-        except OSError as error:
-            raise self._noted(error, SendTimeoutError) from None
-        return sent
-
-    def _send_some(self, data: memoryview, flags: int) -> int:
-        before = queued(self)
-        ready = self._wait(gevent.socket.wait_write, socket.SO_SNDTIMEO)
-        try:
-            return Socket.send(self, data, flags | _NOW)
-        except BlockingIOError:
-            if not ready and queued(self) >= before:
-                raise
-            return 0
+    """A client's socket of which only the greenlet waits."""
 
     def _sendfile_some(self, fd: int, offset: int, count: int) -> int | None:
-        """By reading: sendfile() has no MSG_DONTWAIT, and would have the whole process wait."""
+        """By reading: should sendfile() wait all the same, the whole process would."""
         data = os.pread(fd, min(PIECE, count), offset)
         self._send_all(data)
         return len(data)
 
-    def _await_bytes(self) -> None:
-        if self._flags or not self._wait(gevent.socket.wait_read, socket.SO_RCVTIMEO):
-            raise self._noted(BlockingIOError(), ReceiveTimeoutError)
-
-    def _wait(self, wait: Callable[..., None], limit: int) -> bool:
-        """Wait for as long as the dispatcher has told the kernel; whether that was enough."""
-        limits = self.getsockopt(socket.SOL_SOCKET, limit, _TIMEVAL.size)
-        whole, millionths = _TIMEVAL.unpack(limits)
+    def _wait(self, limit: int) -> bool:
+        reads = limit == socket.SO_RCVTIMEO
+        wait = gevent.socket.wait_read if reads else gevent.socket.wait_write
         try:
-            wait(self.fileno(), whole + millionths / 1e6 or None, TimeoutError())
+            wait(self.fileno(), self._seconds(limit) or None, TimeoutError())
         except TimeoutError:
             return False
         return True

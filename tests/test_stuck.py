@@ -273,11 +273,13 @@ def test_requests_that_end_in_time_are_left_alone(serve, stage):
 
 
 @IN_BOTH_MODES
+@both
 def test_a_response_that_is_interrupted_while_it_is_sent_is_cut_short_and_nothing_is_sent_twice(
-    start,
+    start, threads
 ):
-    config = {"request_timeout": LIMIT, "response_buffer": "1Mi"}
-    server = start(config=config)
+    """Long before send_timeout, and without the end of its process."""
+    server = start_hasty(start, threads, response_buffer="1Mi")
+    workers = server.workers
     whole = b"".join(n.to_bytes(8, "big") for n in range(1 << 17)) * 24
     with server.connect() as client:
         client.ask("/large/24/one")
@@ -289,3 +291,37 @@ def test_a_response_that_is_interrupted_while_it_is_sent_is_cut_short_and_nothin
     body = bytes(received).partition(b"\r\n\r\n")[2]
     assert len(body) < len(whole)
     assert whole.startswith(body)
+    assert server.workers == workers
+
+
+@IN_BOTH_MODES
+@both
+def test_a_file_that_a_client_does_not_take_is_cut_short_and_its_slot_goes_on(start, threads):
+    server = start_hasty(start, threads, response_buffer="1Mi")
+    workers = server.workers
+    with server.connect() as client:
+        client.ask(f"/file/{24 << 20}")
+        server.wait_log("has run for longer than request_timeout")
+        server.wait_numbers(running=0)
+        assert client.sock.recv(15) == b"HTTP/1.1 200 OK"
+    assert server.workers == workers
+
+
+@IN_BOTH_MODES
+@both
+def test_a_body_that_stalls_is_answered_504_and_its_slot_goes_on(start, threads):
+    server = start_hasty(start, threads, request_buffer="64Ki")
+    workers = server.workers
+    with server.connect() as client:
+        client.send(f"POST /echo HTTP/1.1\r\nHost: test\r\nContent-Length: {1 << 20}\r\n\r\n")
+        client.send("x" * (1 << 17))
+        assert client.reply().status == 504
+        server.wait_numbers(running=0)
+    assert server.workers == workers
+
+
+def start_hasty(start, threads: int, **more: str) -> Server:
+    """Patient with clients, not with requests: a process soon ends for one that is stuck."""
+    config = {"threads_per_process": threads, "request_timeout": LIMIT}
+    config |= {"send_timeout": "30s", "receive_timeout": "30s", **more}
+    return start(config=config, base=("-c", "short.py"), files={"short.py": SHORT_GRACE})
