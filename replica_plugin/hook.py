@@ -149,8 +149,11 @@ def _post_fork(arbiter: Arbiter, worker: Any) -> None:
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
+    """A new process has the master's handlers, which would lose a signal: until `_post_fork` it
+    waits. Nothing that a user's hook starts is to be born like that: so this comes last."""
     if _master is not None:
         _master.before_fork(worker.age)
+        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
 
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -182,18 +185,19 @@ _HOOKS: dict[str, Callable[..., None]] = {
 
 
 def _add_hooks(cfg: Config) -> None:
-    """Put ours beside whatever the user's configuration has; ours come first."""
+    """Put ours beside whatever the user's configuration has; ours come first, but for pre_fork."""
     for name, ours in _HOOKS.items():
         theirs = cfg.settings[name].get()
         if theirs is not ours:
-            cfg.settings[name].value = _both(ours, theirs)
+            pair = (theirs, ours) if name == "pre_fork" else (ours, theirs)
+            cfg.settings[name].value = _both(*pair)
     _quiet_control_socket(cfg)
 
 
-def _both(ours: Callable[..., None], theirs: Callable[..., None]) -> Callable[..., None]:
+def _both(first: Callable[..., None], second: Callable[..., None]) -> Callable[..., None]:
     def hook(*arguments: Any) -> None:
-        ours(*arguments)
-        theirs(*arguments)
+        first(*arguments)
+        second(*arguments)
 
     return hook
 
@@ -212,9 +216,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     spawn_worker = arbiter.spawn_worker
 
     def wrapped_spawn_worker() -> Any:
-        """A new process has the master's handlers, which would lose a signal: until `_post_fork`
-        it waits."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+        """In the master signals are blocked for no longer than the fork takes."""
         try:
             return spawn_worker()
         finally:

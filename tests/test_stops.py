@@ -228,6 +228,31 @@ def test_term_to_a_process_that_has_just_been_forked_is_not_lost(start):
     assert server.process.wait(20) == 0
 
 
+MASKS = """
+import signal
+from replica_plugin.conf import *
+
+def note(name):
+    with open("masks", "a") as file:
+        print(name, *signal.pthread_sigmask(signal.SIG_BLOCK, []), file=file)
+
+def pre_fork(server, worker):
+    note("pre_fork")
+
+def post_fork(server, worker):
+    note("post_fork")
+
+def post_worker_init(worker):
+    note("post_worker_init")
+"""
+
+
+def test_what_the_users_hooks_start_is_born_with_no_signal_blocked(start):
+    server = start(base=("-c", "conf.py"), files={"conf.py": MASKS})
+    noted = (server.folder / "masks").read_text().splitlines()
+    assert noted == ["pre_fork", "post_fork", "post_worker_init"]
+
+
 def is_told_to_end(pid: int) -> bool:
     """Whether a TERM has come, which it has not seen yet."""
     pending = Path(f"/proc/{pid}/status").read_text().partition("ShdPnd:")[2].split()[0]
