@@ -10,14 +10,13 @@ from collections.abc import Callable
 from werkzeug.test import EnvironBuilder
 
 from . import alone, bare, served
-from .peers import THREE, Server, serving
+from .peers import GEVENT, GTHREAD, OURS, STOCK_GEVENT, THREE, UWSGI, Server, serving
 from .plan import Run
 
 CONNECTIONS = 16
 SHAPES = ((2, 1), (2, 2), (2, 4))
 GREEN = (2, 100)  # what gevent mode is for
-MAIN = ("ours", "ours, gevent", "uWSGI", "gthread", "gevent, no cap")
-GEVENT = ("ours, gevent", "gevent, no cap")
+MAIN = (OURS, GEVENT, UWSGI, GTHREAD, STOCK_GEVENT)
 OTHERS = ("sync", "waitress", "granian", "cheroot")
 FLOOR, CALLS, ALONE = "without a server", "a call", "alone in one thread"
 
@@ -33,7 +32,7 @@ def measure(run: Run) -> None:
         run.part.add(ALONE, name, figures)
     for p, t in SHAPES:
         _compare(run, run.among(MAIN + (OTHERS if (p, t) == (2, 2) else ())), p, t, "served")
-    _compare(run, run.among(GEVENT), *GREEN, "served")
+    _compare(run, run.among((GEVENT, STOCK_GEVENT)), *GREEN, "served")
     _compare(run, run.among(THREE), 2, 2, "bare")
 
 

@@ -114,8 +114,9 @@ PEERS = {
     )
 }
 OURS, GEVENT, UWSGI, GTHREAD = "ours", "ours, gevent", "uWSGI", "gthread"
+STOCK_GEVENT = "gevent, no cap"
 THREE = (OURS, UWSGI, GTHREAD)
-CAPPED = tuple(name for name in PEERS if name != "gevent, no cap")
+CAPPED = tuple(name for name in PEERS if name != STOCK_GEVENT)
 
 
 class Server:

@@ -9,10 +9,9 @@ from statistics import median
 
 from . import fault, growth, overhead, overload, waiting
 from .numbers import short, spread
-from .peers import GEVENT, GTHREAD, OURS, UWSGI
+from .peers import GEVENT, GTHREAD, OURS, STOCK_GEVENT, UWSGI
 from .record import Record
 
-STOCK_GEVENT = "gevent, no cap"
 DEFINITE = 0.05  # what is nearer to each other than that is the same
 
 
