@@ -38,6 +38,15 @@ class Answer:
         parts = (start, _date(int(time.time())), end)
         return b"".join(parts if bodiless else (*parts, content))
 
+    def encode_for(self, request: Any) -> bytes:
+        """The same for a request as gunicorn has parsed it, or None, after which the connection
+        ends."""
+        if request is None:
+            return self.encode(b"", False, False)
+        fields = (f"\r\n{name}: {value}" for name, value in request.headers)
+        head = "".join((*fields, "\r\n")).encode("latin-1", "replace")
+        return self.encode(head, False, request.method == "HEAD")
+
     def as_wsgi(self, environ: dict[str, Any], start_response: Any) -> list[bytes]:
         """The same answer, from within a WSGI app."""
         head = f"\r\nAccept: {environ.get('HTTP_ACCEPT', '')}\r\n".encode("latin-1")
@@ -129,8 +138,9 @@ LOST = Answer(502, "The process that was working on this request died.")
 
 
 def overdue(seconds: float | None) -> Answer:
-    """The app took too long."""
-    return Answer(504, f"The app did not answer within request_timeout ({_seconds(seconds)}).")
+    """The app took too long; None if the limit is not known any more."""
+    figure = "" if seconds is None else f" ({_seconds(seconds)})"
+    return Answer(504, f"The app did not answer within request_timeout{figure}.")
 
 
 def head_too_late(seconds: float) -> Answer:
@@ -159,5 +169,5 @@ def probe(good: bool, good_text: str, bad_text: str) -> Answer:
     return Answer(200, good_text) if good else Answer(503, bad_text)
 
 
-def _seconds(value: float | None) -> str:
+def _seconds(value: float) -> str:
     return f"{value:g} s"

@@ -25,6 +25,7 @@ from __future__ import annotations
 import array
 import json
 import marshal
+import math
 import os
 import socket
 import struct
@@ -72,8 +73,8 @@ class Kind:
     TURNING = 3  # its hub turns again
     STALLED = 4  # its hub does not turn, and why: for the log
     RETURNED = 5  # a job that no slot has taken, since the hub does not turn
-    OVERDUE = 6  # a request has reached request_timeout, and nothing was sent: answer it
-    UNFINISHED = 7  # it has, and its response has begun
+    OVERDUE = 6  # a request has reached request_timeout, and was answered so
+    UNFINISHED = 7  # it has, and its response had begun
 
 
 class Job(NamedTuple):
@@ -82,7 +83,7 @@ class Job(NamedTuple):
     `number` counts the connection's requests from 1. `ahead` are bytes of this request that
     an earlier parser had read already; `carry` is what the slot before wanted to be told.
     `last` asks for `Connection: close`. `waited` is in seconds. `overdue_at` is the monotonic
-    time of its request_timeout, or infinity.
+    time of its request_timeout, or infinity; `limit` is that in seconds, for who speaks of it.
     """
 
     request: int
@@ -93,7 +94,8 @@ class Job(NamedTuple):
     carry: bytes
     last: bool
     waited: float
-    overdue_at: float
+    overdue_at: float = math.inf
+    limit: float | None = None
 
 
 class Report(NamedTuple):

@@ -46,7 +46,7 @@ class SendTimeoutError(TimeoutError):
 
 
 class AnsweredError(ConnectionError):
-    """The dispatcher answers in place of the slot."""
+    """Attendant or dispatcher has answered in place of the slot, or is about to."""
 
 
 class InterruptedWriteError(ConnectionError):
@@ -133,6 +133,11 @@ class ClientSocket(Socket):
         else:
             self.answering = True
             self._head = data
+
+    def answer_instead(self, data: bytes) -> None:
+        """Called by the attendant, to which the response belongs: send what there is room for."""
+        with suppress(OSError):  # the client has left
+            super().send(data, _NOW)
 
     def discard(self) -> None:
         """Take back what is held, and what is left."""

@@ -88,7 +88,7 @@ class Clients:
             if each is None:
                 more = False
             else:
-                self._take(each, now)
+                self.connections[each.fd] = each
                 self._arriving.begin(each, now)
         if self.listeners.is_short:
             self._judge.on_shortage(now)
@@ -99,12 +99,8 @@ class Clients:
         """Take on a connection that a slot was working on when our predecessor died."""
         conn = Connection(sock, client, adopt.server, sock.family == socket.AF_UNIX)
         conn.number, conn.ahead, conn.carry = adopt.number, adopt.ahead, adopt.carry
-        self._take(conn, now)
-        self._go_on(conn, now)
-
-    def _take(self, conn: Connection, now: float) -> None:
-        conn.limit_waits(*self._limits)
         self.connections[conn.fd] = conn
+        self._go_on(conn, now)
 
     def on_event(self, conn: Connection, mask: int, now: float) -> None:
         """epoll has something to say about a connection."""
@@ -126,11 +122,11 @@ class Clients:
     def on_ready(self, conn: Connection, now: float) -> None:
         """The request is ready: a probe is answered, anything else is judged."""
         head = conn.head
+        conn.touched = head is None or conn.arrived != head.size + head.length
         if head and head.path in self._serving.probes and _is_probe(head):
             self._reply(conn, self._judge.probe(head.path), now)
             return
         self._untime(conn)
-        conn.touched = head is None or conn.arrived != head.size + head.length
         conn.state = State.WAITING
         conn.ready_at = now
         self._judge.on_ready(conn, now)
@@ -150,6 +146,10 @@ class Clients:
             conn.head = conn.head._replace(text=conn.head.text[:HEAD_KEPT])
 
     # Into a slot's hands and back.
+
+    def limit_waits(self, conn: Connection) -> None:
+        """A slot is about to get the connection for the first time."""
+        conn.limit_waits(*self._limits)
 
     def lend(self, conn: Connection) -> None:
         """The request was sent to a process; until `give_back` the slot has the connection."""
@@ -207,6 +207,12 @@ class Clients:
 
     # Answers without a slot, and ends.
 
+    def conclude(self, conn: Connection, answer: Answer, now: float) -> None:
+        """A process has given this answer in place of its slot, which goes on for a while."""
+        self._judge.on_answered(conn, answer, now)
+        self._untime(conn)
+        self._endings.linger(conn, now)
+
     def answer(self, conn: Connection, answer: Answer, now: float) -> None:
         """Answer a request that no slot has run, or will go on to run."""
         self._judge.on_answered(conn, answer, now)
@@ -214,16 +220,18 @@ class Clients:
 
     def _reply(self, conn: Connection, answer: Answer, now: float) -> None:
         head = conn.head or Head(0)
-        keep = self._keeps(conn, head)
+        ended = self._has_ended(conn, head)
+        keep = ended and self._keeps(conn, head)
         try:
-            if keep:
+            if ended:
                 self._arriving.take(conn, head.size)
             data = answer.encode(head.text, keep, head.method == b"HEAD")
             whole = conn.sock.send(data, _NOW) == len(data)
         except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
             self.close(conn)
             return
-        if not whole:
+        is_last = ended and not (head.keeps_alive or conn.touched)  # nothing unread, and no more
+        if not whole or is_last:
             self.close(conn)
             return
         self._untime(conn)
@@ -234,13 +242,17 @@ class Clients:
         else:
             self._endings.linger(conn, now)
 
-    def _keeps(self, conn: Connection, head: Head) -> bool:
-        """Whether the connection can go on: the request has surely ended where its head did."""
-        if conn.state == State.RUNNING or conn.hung_up or not self._serving.keepalive:
-            return False
-        if self._stopping or not (head.ends_request and head.keeps_alive):
+    def _has_ended(self, conn: Connection, head: Head) -> bool:
+        """Whether the request has surely ended where its head did, and no slot has any of it."""
+        if conn.state == State.RUNNING or not head.ends_request:
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
+
+    def _keeps(self, conn: Connection, head: Head) -> bool:
+        """Whether the connection goes on after a request that has ended."""
+        if self._stopping or conn.hung_up or not self._serving.keepalive:
+            return False
+        return head.keeps_alive
 
     def follow_up(self, now: float) -> None:
         """See what follows on connections on which an answer was given here.

@@ -278,17 +278,17 @@ class Dispatcher:
             self.perform(self._decisions.turning(link.age, now), now)
 
     def _on_overdue(self, link: Link, report: Report, now: float) -> None:
-        """The response is ours to give only if the process says so (overdue.py)."""
+        """The process has answered, if it could (overdue.py); what is left is the connection."""
         known = self._decisions.overdue(link.age, report.request)
         conn = self.requests.get(report.request) if known else None
         self._journal.overdue(conn, link.pid, report.carry.decode("utf-8", "replace"))
         if conn is not None and report.kind == Kind.OVERDUE:
-            self._answer_overdue(conn, now)
+            del self.requests[conn.request]
+            self._clients.conclude(conn, self._too_late, now)
 
-    def _answer_overdue(self, conn: Connection, now: float) -> None:
-        del self.requests[conn.request]
-        answer = answers.overdue(self._decisions.rules.request_timeout)
-        self._clients.answer(conn, answer, now)
+    @property
+    def _too_late(self) -> answers.Answer:
+        return answers.overdue(self._decisions.rules.request_timeout)
 
     def on_sendable(self, link: Link, now: float) -> None:
         self.perform(self._decisions.sendable(link.age, now), now)
@@ -323,14 +323,11 @@ class Dispatcher:
         conn = self.requests.get(lost.request)
         if conn is None:  # answered already, in place of the slot
             return
-        if lost.overdue and not answering:
-            self._answer_overdue(conn, now)
-            return
         del self.requests[lost.request]
         if answering:
             self._clients.close(conn)
         else:
-            self._clients.answer(conn, answers.LOST, now)
+            self._clients.answer(conn, self._too_late if lost.overdue else answers.LOST, now)
 
     def on_adopt(self, adopt: Adopt, sock: socket.socket, client: Address, now: float) -> None:
         """A slot has finished with a connection that our predecessor sent it."""
@@ -368,9 +365,12 @@ class Dispatcher:
             self._decisions.roster.stopping,
             now - conn.ready_at,
             self._decisions.overdue_at(action.request),
+            self._decisions.rules.request_timeout,
         )
         waiting = len(self._decisions.waiting)
         self._frame.replica_page.write_load(waiting, self._decisions.in_flight - waiting)
+        if conn.number == 1:
+            self._clients.limit_waits(conn)
         if self._processes.send(action.age, job, conn.fd):
             self._clients.lend(conn)
         else:

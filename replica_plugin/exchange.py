@@ -66,7 +66,7 @@ class Exchange:
     def run(self) -> Report:
         """Serve it. Everything that can go wrong is dealt with here, and says how it ended."""
         try:
-            self._request = next(self._parser)
+            self._request = self._run.asked = next(self._parser)
             self._know_proxy()
             response = self._respond()
             return self._report(self._end_of(response))
@@ -200,7 +200,9 @@ class Exchange:
             self._log.warning("A client took nothing for send_timeout: cut off")
             return End.ABORT
         if trouble is not None:
-            if isinstance(trouble, AnsweredError) or isinstance(error, OverdueError):
+            if isinstance(trouble, AnsweredError):
+                return End.LINGER
+            if isinstance(error, OverdueError):
                 return End.ABORT
             if trouble.errno not in _CLIENT_GONE:
                 self._log.exception("Socket error processing request.")
@@ -221,7 +223,7 @@ class Exchange:
         return self._told()
 
     def _overdue(self) -> int:
-        """The dispatcher answers, unless it is not the one that sent the request."""
+        """The attendant has answered, unless the slot was about to begin its response."""
         if not self._run.is_answered:
             util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()

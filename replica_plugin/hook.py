@@ -37,7 +37,7 @@ _IMPORTING = ("importlib", __package__)  # whose frames lie between a user's fil
 QUICK = 2
 """Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
 
-_ENDINGS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
+ENDINGS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 
 _loaded: Loaded | None = None
 _log: Any = None  # gunicorn's, once it has read its configuration
@@ -145,7 +145,7 @@ def _post_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
         _master.restore_timeout()
         worker.leave_at_once_when_told()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
@@ -153,7 +153,7 @@ def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
     waits. Nothing that a user's hook starts is to be born like that: so this comes last."""
     if _master is not None:
         _master.before_fork(worker.age)
-        signal.pthread_sigmask(signal.SIG_BLOCK, _ENDINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -220,7 +220,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         try:
             return spawn_worker()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _ENDINGS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()

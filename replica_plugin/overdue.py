@@ -2,14 +2,14 @@
 
     attendant, when the time is over         slot
     1. note where the code is                claim the response, then write its first byte
-    2. claim the response                    ...
+    2. claim the response, answer 504        ...
     3. tell the dispatcher                   when the app's code is at its end: close the window
     4. interrupt the code                    report, as ever: only then is the slot free
 
-1. A response has one claim, and the first to ask gets it. Is it the attendant, the dispatcher
-   answers 504, and a write of the slot's fails before it has sent anything. Is it the slot, the
-   response goes on until the interrupt ends it, and the client sees it cut short. Between 2 and 3
-   the slot waits: if nobody could be told, the claim is its own after all.
+1. A response has one claim, and the first to ask gets it. Is it the attendant, a write of the
+   slot's fails before it has sent anything. Is it the slot, the response goes on until the
+   interrupt ends it, and the client sees it cut short. Before it reports, a slot asks for the
+   claim, too (`end`), and waits if the attendant is at 2 or 3, which need its socket and cell.
 2. At most one exception is raised for a request, and only in its window: while the app's code
    works on it. None is left for the request that the slot takes next.
 3. The attendant waits for nobody here: no lock of the app's, of a log or of a slot.
@@ -41,6 +41,8 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
+from .answers import overdue
+from .channel import Job
 from .errors import OverdueError
 
 SIGNAL = signal.SIGRTMIN + 6
@@ -69,50 +71,67 @@ class Interrupter(Protocol):
         """Asked in the slot: whatever was not raised will not be."""
 
 
-class Run:
-    """One request in a slot."""
+class Client(Protocol):
+    """The client's socket."""
 
-    __slots__ = (
-        "_claim", "_interrupter", "aims", "channel", "is_open", "overdue_at", "request", "struck",
-        "tale", "telling", "told", "where",
-    )  # fmt: skip
+    def answer_instead(self, data: bytes) -> None:
+        """Send what there is room for, at once."""
+
+
+class Run:
+    """One request in a slot. `permit` says whether this process may begin its response."""
+
+    # Most requests keep most of these as they are, so they cost nothing to set.
+    client: Client | None = None  # the first four are written by the slot
+    asked: Any = None  # the request as gunicorn has parsed it
+    where: Any = None
+    is_open = False
+    was_answered = False  # and these by the attendant
+    aims = False
+    struck = False
+    telling = False
+    told = False
+    tale = ""
 
     def __init__(
-        self, request: int, overdue_at: float, channel: object, interrupter: Interrupter
+        self, job: Job, channel: object, permit: Callable[[], bool], interrupter: Interrupter
     ) -> None:
-        self.request = request
-        self.overdue_at = overdue_at
+        self.request = job.request
+        self.overdue_at = job.overdue_at
+        self._limit = job.limit
         self.channel = channel
-        self.where: Any = None
-        self.is_open = False  # written by the slot
-        self.aims = False  # these by the attendant
-        self.struck = False
-        self.telling = False
-        self.told = False
-        self.tale = ""
         self._claim: dict[None, bool] = {}
+        self._permit = permit
         self._interrupter = interrupter
 
+    def may_write(self) -> bool:
+        """Asked by the slot before its first byte."""
+        return self.claim_for_slot() and self._permit()
+
     def claim_for_slot(self) -> bool:
-        """Whether the slot may write the response. Once true, it stays true."""
+        """Whether the slot has the claim; if not, the attendant is done with it."""
         if self._claim.setdefault(None, True):
             return True
         while self.telling:  # it was true before the attendant claimed
             time.sleep(_MOMENT)
-        return self._claim.setdefault(None, True)
+        return False
 
-    def claim_for_attendant(self) -> bool:
-        """Whether the dispatcher is to answer in place of the slot."""
-        return not self._claim.setdefault(None, False)
-
-    def leave_claim(self) -> None:
-        """The dispatcher does not know that it is to answer: the slot may, after all."""
-        self._claim.pop(None, None)
+    def end(self) -> None:
+        """Called by the slot: from now on the attendant leaves socket and cell alone."""
+        self.claim_for_slot()
+        self.client = self.asked = None  # which know this run: a circle is garbage to collect
 
     @property
     def is_answered(self) -> bool:
         """Whether the attendant has the claim."""
         return not self._claim.get(None, True)
+
+    def answer(self) -> None:
+        """Called by the attendant: answer in place of the slot, if that has not begun to."""
+        client = self.client
+        if client is not None and not self._claim.setdefault(None, False) and self._permit():
+            client.answer_instead(overdue(self._limit).encode_for(self.asked))
+            self.was_answered = True
 
     def window(self, call: Callable[[], Result]) -> Result:
         """Call the app, which may be interrupted meanwhile, by OverdueError."""
@@ -153,8 +172,8 @@ class Run:
             return f"(not known: {error!r})\n"
 
 
-Tell = Callable[[Run, bool], bool]
-"""Tell the dispatcher of an overdue request, and whether it is to be answered; if it was told."""
+Tell = Callable[[Run], bool]
+"""Tell the dispatcher of an overdue request; whether it was told."""
 
 
 class Watch:
@@ -166,44 +185,41 @@ class Watch:
         self._wake = wake
         self._looks_at = 0.0
 
-    def begin(self, slot: int, request: int, overdue_at: float, channel: object) -> Run:
+    def begin(self, slot: int, job: Job, channel: object, permit: Callable[[], bool]) -> Run:
         """A slot has taken a request. It wakes the attendant if that would look too late."""
-        run = Run(request, overdue_at, channel, self._interrupter)
+        run = Run(job, channel, permit, self._interrupter)
         self._runs[slot] = run
-        if overdue_at < self._looks_at:
+        if job.overdue_at < self._looks_at:
             self._wake()
         return run
 
     def end(self, slot: int) -> None:
         self._runs[slot] = None
 
-    def look(self, now: float, channel: object, tell: Tell) -> float:
+    def look(self, now: float, tell: Tell) -> float:
         """Called by the attendant: see to what is overdue. When to look again at the latest.
 
-        `channel` is the one to today's dispatcher, if there is one. `_looks_at` is set before the
-        slots are looked at: a request that comes later sees it.
+        `_looks_at` is set before the slots are looked at: a request that comes later sees it.
         """
         self._looks_at = now + TURN
         for run in self._runs:
-            if run is not None and not run.told and run.overdue_at <= now:
-                self._on_overdue(run, channel, tell)
+            if run is not None and run.client and not run.told and run.overdue_at <= now:
+                self._on_overdue(run, tell)
         due = (run.overdue_at for run in self._runs if run is not None and run.overdue_at > now)
         self._looks_at = min(now + TURN, min(due, default=math.inf))
         return self._looks_at
 
-    def _on_overdue(self, run: Run, channel: object, tell: Tell) -> None:
-        """A dispatcher that did not send the request cannot answer it; the slot may, then."""
-        first = not run.tale
-        if first:
-            run.tale = run.stack()
+    def _on_overdue(self, run: Run, tell: Tell) -> None:
+        """Once; but it is told again if that was not possible."""
+        if run.tale:
+            run.told = tell(run)
+            return
+        run.tale = run.stack()
         run.telling = True
-        answered = run.channel is channel and run.claim_for_attendant()
-        run.told = tell(run, answered)
-        if answered and not run.told:  # it may be dead, which its channel does not show yet
-            run.leave_claim()
+        run.answer()
+        run.told = tell(run)
         run.telling = False
-        if first:
-            run.interrupt()
+        run.interrupt()
 
     def outlives(self, moment: float, channel: object) -> bool:
         """Whether a request of a dispatcher before this was overdue already at that moment."""

@@ -15,8 +15,8 @@ next one (ADOPT), with what is known about it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from typing import Protocol
 
 from .cells import Cells
@@ -34,7 +34,7 @@ from .channel import (
 )
 from .client_socket import ClientSocket
 from .exchange import Exchange, Worker
-from .overdue import Run, Watch
+from .overdue import Watch
 from .rest import Rest
 
 
@@ -60,6 +60,7 @@ class Slot:
         self._cells = cells
         self._watch = watch
         self._log = worker.log
+        self._may_answer = partial(cells.answering, index)  # as the dispatcher has it
 
     def run(self) -> None:
         """Take requests until the process is dismissed. Never raises, but for SystemExit."""
@@ -95,14 +96,15 @@ class Slot:
             self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
             return
         self._cells.begin(self._index, job.request)
-        run = self._watch.begin(self._index, job.request, job.overdue_at, channel)
+        run = self._watch.begin(self._index, job, channel, self._may_answer)
         sock = self._worker.client_socket(
             _family(job.client),
             socket.SOCK_STREAM,
             fds[0],
-            self._claim_of(run),
+            run.may_write,
             self._worker.room_for_rest,
         )
+        run.client = sock
         report = Report(Kind.DONE, job.request, End.ABORT)
         try:
             report = Exchange(self._worker, job, sock, run).run()
@@ -110,15 +112,8 @@ class Slot:
             with suppress(Exception):
                 self._log.exception("A request could not be brought to its end")
         finally:
+            run.end()
             self._report(channel, job, report, sock)
-
-    def _claim_of(self, run: Run) -> Callable[[], bool]:
-        """Whether the slot may write: not if attendant or dispatcher has it answered elsewhere."""
-
-        def claim() -> bool:
-            return run.claim_for_slot() and self._cells.answering(self._index)
-
-        return claim
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""

@@ -101,8 +101,11 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         super().init_process()
 
     def init_signals(self) -> None:
+        """gunicorn's handlers, and at once ours, before one that heeds nothing yet is called."""
+        signal.pthread_sigmask(signal.SIG_BLOCK, hook.ENDINGS)
         super().init_signals()
         self.leave_at_once_when_told()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.ENDINGS)
 
     def leave_at_once_when_told(self) -> None:
         """Until the app is loaded there is nothing to finish."""
@@ -306,13 +309,13 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         now, channel = time.monotonic(), self._channel
         if self._watch.outlives(now - overtime.GRACE, channel):
             self.alive = False
-        return max(0.0, self._watch.look(now, channel, self._tell_overdue) - now)
+        return max(0.0, self._watch.look(now, self._tell_overdue) - now)
 
-    def _tell_overdue(self, run: Run, answered: bool) -> bool:
+    def _tell_overdue(self, run: Run) -> bool:
         channel = self._channel
         if channel is None:
             return False
-        kind = Kind.OVERDUE if answered else Kind.UNFINISHED
+        kind = Kind.OVERDUE if run.was_answered else Kind.UNFINISHED
         stack = run.tale.encode("utf-8", "replace")
         try:
             channel.sock.send(Report(kind, run.request, carry=stack).encode(), _NOW)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -67,6 +68,31 @@ def test_an_answer_to_head_tells_the_length_of_the_body_and_has_none():
         b"Cache-Control: no-store\r\n"
         b"\r\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("method", "headers", "content"),
+    [
+        ("GET", [("HOST", "x")], b"Say th\xc3\xa4t.\n"),
+        ("POST", [("HOST", "x"), ("ACCEPT", "application/json")], b"{"),
+        ("HEAD", [], b""),
+    ],
+)
+def test_an_answer_for_a_request_that_gunicorn_has_parsed_ends_the_connection(
+    method, headers, content
+):
+    data = ANSWER.encode_for(SimpleNamespace(method=method, headers=headers))
+    fields, _, body = data.partition(b"\r\n\r\n")
+    assert b"\r\nConnection: close\r\n" in fields
+    assert body.startswith(content) and bool(body) == bool(content)
+
+
+def test_an_answer_for_a_request_that_was_not_parsed_yet_is_text():
+    assert ANSWER.encode_for(None) == ANSWER.encode(b"", keep_alive=False, bodiless=False)
+
+
+def test_overdue_without_a_limit_that_is_known_has_no_figure():
+    assert answers.overdue(None).text == "The app did not answer within request_timeout."
 
 
 def test_a_request_without_a_head_is_answered_with_text():

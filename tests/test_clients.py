@@ -16,6 +16,7 @@ from replica_plugin.rules import Serving
 
 LAST_CALL = 1.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+CLOSING = b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
 
 
 class Judge:
@@ -79,6 +80,32 @@ def test_of_a_long_head_a_waiting_request_keeps_a_part_and_its_answer_ends_the_c
     idle.clients.answer(idle.conn, Answer(503, "full"), 0.0)
     assert idle.conn.state == State.LINGERING
     assert b"Connection: close" in idle.client.recv(1 << 16)
+
+
+@pytest.mark.parametrize(
+    ("sent", "later", "state"),
+    [
+        (REQUEST, b"", State.ARRIVING),
+        (CLOSING, b"", State.CLOSED),
+        (CLOSING + b"more", b"", State.LINGERING),
+        (CLOSING, b"more", State.LINGERING),
+        (CLOSING.replace(b"GET", b"POST", 1), b"", State.CLOSED),
+        (CLOSING.replace(b"Host", b"Content-Length: 0\r\nHost", 1), b"", State.LINGERING),
+    ],
+    ids=["kept", "ends", "sent-more", "sends-more", "post", "framed"],
+)
+def test_an_answered_connection_lingers_only_if_something_unread_may_lie_there(
+    idle, sent, later, state
+):
+    """A reset, which an end with something unread is, would take the answer away."""
+    idle.client.sendall(sent)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    if later:
+        idle.client.sendall(later)
+        idle.clients.on_event(idle.conn, select.EPOLLIN, 0.5)
+    idle.clients.answer(idle.conn, Answer(503, "full"), 1.0)
+    assert idle.conn.state == state
+    assert idle.client.recv(1 << 16).endswith(b"full\n")
 
 
 def test_an_idle_connection_is_closed_when_keepalive_ends(idle):

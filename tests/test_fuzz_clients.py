@@ -105,6 +105,7 @@ class Slot:
 
 
 class _Run:
+    asked: Any = None
     is_answered = False
 
     def window(self, call: Any) -> Any:
@@ -130,7 +131,7 @@ class Dispatcher:
         self.client.setblocking(False)
         peer = ours.getpeername()
         self.conn = Connection(ours, peer, "", not tcp)
-        self.clients._take(self.conn, self._now)
+        self.clients.connections[self.conn.fd] = self.conn
         self.clients._arriving.begin(self.conn, self._now)
 
     # What it asks of its judge.

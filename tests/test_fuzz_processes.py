@@ -98,7 +98,7 @@ class Replica:
         client.send(REQUEST)
         clients, now = self.dispatcher._clients, time.monotonic()
         conn = Connection(ours, "", "", True)
-        clients._take(conn, now)
+        clients.connections[conn.fd] = conn
         clients._arriving.begin(conn, now)
         return client
 

@@ -16,6 +16,23 @@ from test_hook_start import APP, IMPORT
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 BROKEN = "raise RuntimeError('a broken deploy')\n"
 HELD = {"HOLD_IMPORT": "1"}
+TOLD_EARLY = """\
+import os
+import signal
+from gunicorn.workers.base import Worker
+from replica_plugin.conf import *
+
+_init_signals = Worker.init_signals
+
+def init_signals(self):
+    _init_signals(self)
+    if not os.path.exists("told"):
+        open("told", "x").close()
+        os.kill(os.getpid(), signal.{name})
+
+Worker.init_signals = init_signals
+"""
+COUNTED = "open('loads', 'a').write('x')\n" + APP
 
 
 def deploy(server, text):
@@ -274,3 +291,14 @@ def test_a_preload_app_that_wins_over_preload_is_told(start):
     files = {"own.py": f"{IMPORT}preload_app = False\n"}
     server = start(base=("-c", "own.py"), files=files, config={"preload": True})
     assert "gunicorn's preload_app (False) wins over preload: true (replica.yaml:1)" in server.log
+
+
+@IN_BOTH_MODES
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGQUIT"])
+def test_a_process_told_to_end_while_gunicorn_sets_its_handlers_does_not_load_first(start, name):
+    """The handler that gunicorn sets only makes a note, which is read once the app is loaded."""
+    early = {"app.py": COUNTED, "early.py": TOLD_EARLY.format(name=name)}
+    server = start(files=early, app="app:app", base=("-c", "early.py"))
+    assert server.get("/").body == b"here"
+    assert (server.folder / "told").exists()
+    assert (server.folder / "loads").read_text() == "x"

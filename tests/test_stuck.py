@@ -235,7 +235,7 @@ def test_a_process_that_is_stopped_is_killed_and_its_request_answered(serve, sta
 
 @IN_BOTH_MODES
 @both
-def test_without_the_dispatcher_that_sent_it_the_slot_answers(serve, stage, threads):
+def test_without_the_dispatcher_that_sent_it_a_request_is_answered_too(serve, stage, threads):
     server = serve(threads)
     stuck = server.later("/spin/x")
     actor = stage.next()
@@ -244,7 +244,26 @@ def test_without_the_dispatcher_that_sent_it_the_slot_answers(serve, stage, thre
     wait_for(lambda: server.children(server.supervisor) not in ([], [old]), "the next dispatcher")
     actor.finish()
     reply = stuck.result()
-    assert (reply.status, b"longer than request_timeout" in reply.body) == (504, True)
+    assert (reply.status, reply.body, reply.headers["Connection"]) == (504, TOLD, "close")
+    server.wait_numbers(running=0)
+    assert server.get("/count").json["pid"] == actor.pid
+
+
+@IN_BOTH_MODES
+@both
+def test_a_dispatcher_that_hangs_and_dies_keeps_nobody_from_the_answer(serve, stage, threads):
+    """It was told that the request is overdue, and never came to do anything about it."""
+    server = serve(threads)
+    stuck = server.later("/swallow/x")
+    actor = stage.next()
+    old = server.dispatcher
+    server.tell(signal.SIGSTOP, old)
+    actor.finish()
+    reply = stuck.result()
+    assert (reply.status, reply.body, reply.headers["Connection"]) == (504, TOLD, "close")
+    server.tell(signal.SIGKILL, old)
+    wait_for(lambda: server.children(server.supervisor) not in ([], [old]), "the next dispatcher")
+    stage.next().finish()
     server.wait_numbers(running=0)
     assert server.get("/count").json["pid"] == actor.pid
 

@@ -456,7 +456,6 @@ RULES = (
     # The dispatcher died.
     Rule("closed", "dispatcher died: waited, or came in part", not_run, dispatcher_died),
     Rule("closed", "dispatcher died, then the process", dispatcher_died_first, process_died),
-    Rule("closed", "dispatcher died, and it was overdue", dispatcher_died, overran),
     Rule("cut", "dispatcher died while it sent the rest", ran_whole, dispatcher_died),
     # The stop.
     Rule("closed", "stop: silent", not_run, stopping, trait("silent")),
