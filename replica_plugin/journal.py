@@ -97,7 +97,9 @@ class Journal:
 
     def shortage(self, now: float) -> None:
         """No more connections can be accepted for now."""
-        self._warn("Out of descriptors: connections wait in the backlog (see ulimit -Hn)", now)
+        self._warn(
+            "Out of descriptors or memory: connections wait in the backlog (see ulimit -Hn)", now
+        )
 
     def undeliverable(self, error: OSError, now: float) -> None:
         """The kernel takes no message to a process for now, though it has room for it."""

@@ -11,9 +11,6 @@ import platform
 import re
 import shutil
 import signal
-import subprocess
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +18,7 @@ import pytest
 from benchmark import alone
 from cost_bounds import INSTRUCTIONS, SYSTEM_CALLS
 from server import Server, wait_for
+from tracing import tracing
 
 REQUESTS = 100
 ATTEMPTS = 3
@@ -48,7 +46,7 @@ def calls_per_request(server: Server, connections: str) -> list[dict[str, float]
     files = [server.folder / f"calls{pid}" for pid in pids]
     with server.connect() as client:
         client.get("/hello")
-        with counting(pids[0], files[0]), counting(pids[1], files[1]):
+        with tracing(pids[0], files[0], "-c"), tracing(pids[1], files[1], "-c"):
             for _ in range(REQUESTS):
                 if connections == "new":
                     ask_once(server, pids[1])
@@ -76,27 +74,6 @@ def read_counts(file: Path) -> dict[str, float]:
     counts = {name: int(count) / REQUESTS for count, name in LINE.findall(file.read_text())}
     assert counts.pop("total") > 1
     return {name: each for name, each in counts.items() if name not in WAITS}
-
-
-@contextmanager
-def counting(pid: int, file: Path) -> Iterator[None]:
-    """Count a process's system calls, of all its threads."""
-    line = ("strace", "-f", "-c", "-o", file, "-p", str(pid))
-    strace = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for(lambda: strace.poll() is not None or is_traced(pid), "strace attached")
-        if strace.poll() is not None:
-            pytest.skip(f"strace may not: {strace.communicate()[1]}")
-        yield
-    finally:
-        if strace.poll() is None:
-            strace.send_signal(signal.SIGINT)
-        strace.communicate()
-
-
-def is_traced(pid: int) -> bool:
-    threads = Path(f"/proc/{pid}/task").iterdir()
-    return not any("TracerPid:\t0\n" in (each / "status").read_text() for each in threads)
 
 
 @pytest.mark.slow

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 import resource
+import shutil
 import time
 from pathlib import Path
 
 import pytest
 from server import IN_BOTH_MODES, Server, wait_for
+from tracing import tracing
 
 from replica_plugin.answers import UNTAKEN
 from replica_plugin.channel import End, Kind, Report, decode_report
@@ -19,7 +21,7 @@ from replica_plugin.machine import Machine, shortages, spare
 from replica_plugin.rest import Rest
 
 PLENTY = Machine(1024, 1 << 20, 4096)
-OUT = r"\[WARNING\] Out of descriptors: connections wait in the backlog \(see ulimit -Hn\)"
+OUT = r"\[WARNING\] Out of descriptors or memory: connections wait in the backlog \(see ulimit"
 
 
 def test_a_machine_that_allows_everything_needs_no_word():
@@ -114,7 +116,7 @@ def test_a_dispatcher_out_of_descriptors_waits_without_spinning_and_recovers(poo
     silent = [poor.connect() for _ in range(100)]
     poor.wait_log(OUT)
     late = poor.connect().ask("/hello")
-    poor.wait_log(r"\[WARNING\] \d+ more in 10 s: Out of descriptors")
+    poor.wait_log(r"\[WARNING\] \d+ more in 10 s: Out of descriptors or memory")
     assert not late.is_readable()
     assert cpu(before) - used < 2
     assert len(os.listdir(f"/proc/{before}/fd")) < 70
@@ -146,3 +148,27 @@ def test_idle_connections_make_room_for_new_ones(poor):
         assert client.get("/hello").status == 200
         idle.append(client)
     assert sum(client.is_readable() for client in idle) >= 40
+
+
+@pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
+@pytest.mark.parametrize("error", ["ENOBUFS", "ENOMEM"])
+@pytest.mark.parametrize(
+    ("call", "said"), [("accept4", OUT), ("sendmsg", r"\[WARNING\] Requests wait, since none can")]
+)
+def test_a_kernel_that_is_short_of_memory_for_a_moment_is_waited_for(
+    start, tmp_path, call, said, error
+):
+    """strace has the dispatcher's first three such calls fail."""
+    server = start()
+    before = server.dispatcher
+    file = tmp_path / "calls"
+    with tracing(
+        before, file, "-e", f"trace={call}", "-e", f"inject={call}:error={error}:when=1..3"
+    ):
+        clients = [server.later("/hello") for _ in range(5)]
+        assert {each.result().status for each in clients} == {200}
+    assert file.read_text().count("(INJECTED)") == 3
+    server.wait_log(said)
+    assert server.get("/hello").status == 200
+    assert server.dispatcher == before
+    server.wait_numbers(running=0, waiting=0)
