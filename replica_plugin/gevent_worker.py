@@ -109,6 +109,10 @@ class GeventWorker(ReplicaWorker):
         _start_thread(self._attend_beside, ())
         self._ended.wait()
 
+    def _part_from_parent(self) -> None:
+        super()._part_from_parent()
+        self._errands.clear()  # such as to take up a new channel
+
     # In the main thread: slots.
 
     def _run_slot(self, slot: Slot, channel: ProcessEnd | None = None) -> None:

@@ -64,6 +64,12 @@ def child(environ, start_response, rest):
     return as_json(start_response, pid)
 
 
+def late_child(environ, start_response, name):
+    """As freeze; and then fork a child, before anything else has its turn."""
+    freeze(environ, lambda *_: None, name)
+    return child(environ, start_response, "")
+
+
 def take_descriptors():
     """All there are but one, without which gevent's hub does not turn in a child."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -280,6 +286,7 @@ HANDLERS = {
     "fail-late": fail_late,
     "file": file,
     "freeze": freeze,
+    "late-child": late_child,
     "grip": grip,
     "held-large": held_large,
     "hello": hello,

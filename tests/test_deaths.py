@@ -327,6 +327,29 @@ def test_a_child_that_the_app_has_forked_takes_no_requests(start, stage, descrip
             server.tell(KILL, child)
 
 
+def test_a_child_forked_before_a_new_channel_is_taken_up_takes_no_requests_from_it(start, stage):
+    """In gevent mode the hub takes it up, once it turns; in the child, too, if it were let."""
+    server = start(config=ONE)
+    (worker,) = server.workers
+    with server.connect() as client:
+        client.ask("/late-child/x")
+        forking = stage.next()
+        before = server.dispatcher
+        server.tell(KILL, before)
+        wait_for(lambda: server.dispatcher != before, "another dispatcher")
+        server.wait_numbers(processes=1, running=1)
+        forking.finish()
+        child = client.reply().json
+    try:
+        for _ in range(40):
+            (holding,) = hold(server, 0, 1)
+            actor = stage.next()
+            actor.finish()
+            assert (actor.pid, holding.reply().status) == (worker, 200)
+    finally:
+        server.tell(KILL, child)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
 def test_a_process_whose_descriptors_the_app_has_closed_ends_and_is_replaced(start, stage, config):
     server = start("--timeout", "0", config=config)
