@@ -25,7 +25,6 @@ from __future__ import annotations
 import array
 import json
 import marshal
-import math
 import os
 import socket
 import struct
@@ -94,7 +93,7 @@ class Job(NamedTuple):
     carry: bytes
     last: bool
     waited: float
-    overdue_at: float = math.inf
+    overdue_at: float
     limit: float | None = None
 
 

@@ -88,7 +88,7 @@ class Clients:
             if each is None:
                 more = False
             else:
-                self.connections[each.fd] = each
+                self._take(each)
                 self._arriving.begin(each, now)
         if self.listeners.is_short:
             self._judge.on_shortage(now)
@@ -99,8 +99,13 @@ class Clients:
         """Take on a connection that a slot was working on when our predecessor died."""
         conn = Connection(sock, client, adopt.server, sock.family == socket.AF_UNIX)
         conn.number, conn.ahead, conn.carry = adopt.number, adopt.ahead, adopt.carry
-        self.connections[conn.fd] = conn
+        self._take(conn)
         self._go_on(conn, now)
+
+    def _take(self, conn: Connection) -> None:
+        """The limits come first: whichever request of it a slot gets, it finds them."""
+        conn.limit_waits(*self._limits)
+        self.connections[conn.fd] = conn
 
     def on_event(self, conn: Connection, mask: int, now: float) -> None:
         """epoll has something to say about a connection."""
@@ -146,10 +151,6 @@ class Clients:
             conn.head = conn.head._replace(text=conn.head.text[:HEAD_KEPT])
 
     # Into a slot's hands and back.
-
-    def limit_waits(self, conn: Connection) -> None:
-        """A slot is about to get the connection for the first time."""
-        conn.limit_waits(*self._limits)
 
     def lend(self, conn: Connection) -> None:
         """The request was sent to a process; until `give_back` the slot has the connection."""

@@ -369,8 +369,6 @@ class Dispatcher:
         )
         waiting = len(self._decisions.waiting)
         self._frame.replica_page.write_load(waiting, self._decisions.in_flight - waiting)
-        if conn.number == 1:
-            self._clients.limit_waits(conn)
         if self._processes.send(action.age, job, conn.fd):
             self._clients.lend(conn)
         else:

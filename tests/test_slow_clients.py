@@ -255,6 +255,16 @@ def test_a_body_that_stops_in_a_slot_is_told_so_and_gives_the_slot_back(hurried,
     assert hurried.get("/hello", which).status == 200
 
 
+def test_a_connection_that_a_probe_began_has_the_same_limits(hurried, which):
+    """The first of its requests that a slot gets is not the first of all."""
+    with hurried.connect(which) as client:
+        assert client.get("/-/readyz").status == 200
+        client.send(HALF.replace("1000", "300000")).send(b"x" * 100_000)
+        hurried.wait_numbers(running=1)
+        assert client.reply().status == 408
+    hurried.wait_numbers(running=0)
+
+
 def test_on_a_unix_socket_half_a_body_holds_a_slot_no_longer_than_receive_timeout(hurried):
     with hurried.connect(1) as client:
         client.send(HALF)
