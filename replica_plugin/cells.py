@@ -18,15 +18,18 @@ DUMP = signal.SIGRTMIN + 7
 
 
 class Cells:
-    """One cell a slot, written by that slot only: the request it has, and how far it is.
+    """One cell a slot: the request it has, and how far it is.
+
+    It is written by that slot; in its place by the attendant, if that has the claim to the response
+    (overdue.py), for which the slot then waits.
 
     A cell is one aligned 64-bit word, so a process that dies leaves each either old or new. Two
     more words follow: in gevent mode the process says in one when its hub turned last; in the
     other one the dispatcher says that it answers in place of all slots. Behind them is what the
     process has written at DUMP.
 
-    A response has one writer. A slot says that it answers, then looks whether it still may; the
-    dispatcher takes that right away, and looks who answers already in a later turn. So at most
+    A response has one writer. Its process says that it answers, then looks whether it still may;
+    the dispatcher takes that right away, and looks who answers already in a later turn. So at most
     one of them finds that it is the one.
     """
 
@@ -49,7 +52,7 @@ class Cells:
         self._words[slot] = request << 1
 
     def answering(self, slot: int) -> bool:
-        """The slot is about to write the first byte of the response; whether it may."""
+        """The first byte of the slot's response is about to be written; whether it may be."""
         self._words[slot] |= 1
         return not self._words[-1]
 
