@@ -49,7 +49,16 @@ class Cells:
 
     def begin(self, slot: int, request: int) -> None:
         """The slot has taken the request, and has not read from its socket yet."""
-        self._words[slot] = request << 1
+        self._words[slot] = request << 2
+
+    def take(self, slot: int) -> None:
+        """The slot, done with its request, is about to take another off the deck (deck.py); until
+        it has reported both it has this mark."""
+        self._words[slot] |= 2
+
+    def is_taking(self) -> bool:
+        """Whether a slot has that mark."""
+        return any(word & 2 for word in self._words[:-2])
 
     def answering(self, slot: int) -> bool:
         """The first byte of the slot's response is about to be written; whether it may be."""
@@ -66,7 +75,7 @@ class Cells:
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 1: bool(word & 1) for word in self._words[:-2] if word}
+        return {word >> 2: bool(word & 1) for word in self._words[:-2] if word}
 
     def turn(self) -> None:
         """The hub turns."""

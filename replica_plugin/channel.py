@@ -10,7 +10,8 @@ The kernel tells who writes (SO_PASSCRED), so that no process is taken for anoth
 
 A channel is a SEQPACKET pair between one process and one dispatcher:
 
-    dispatcher -> process   WELCOME (with the dispatcher's pidfd), JOB (with a client), LEAVE
+    dispatcher -> process   WELCOME (with the dispatcher's pidfd and an end of
+                            its deck), JOB (with a client), LEAVE
     process -> dispatcher   FREE, DONE, LEAVING, OVERDUE, UNFINISHED; in gevent mode TURNING,
                             STALLED, RETURNED
 
@@ -34,11 +35,11 @@ from typing import Any, NamedTuple
 from .rest import Rest
 from .unpatched import socketpair
 
-VERSION = 1
+VERSION = 2
 LARGEST = 1 << 16
 """Bytes of the largest message; a connection with more read ahead than fits is closed."""
 
-_REPORT = struct.Struct("=BBQI")
+_REPORT = struct.Struct("=BBQIQ")
 _RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -83,6 +84,7 @@ class Job(NamedTuple):
     an earlier parser had read already; `carry` is what the slot before wanted to be told.
     `last` asks for `Connection: close`. `waited` is in seconds. `overdue_at` is the monotonic
     time of its request_timeout, or infinity; `limit` is that in seconds, for who speaks of it.
+    A job on the deck has `ready_at` instead of both times: they are known when it is taken.
     """
 
     request: int
@@ -95,15 +97,17 @@ class Job(NamedTuple):
     waited: float
     overdue_at: float
     limit: float | None = None
+    ready_at: float = 0.0
 
 
 class Report(NamedTuple):
     """What a process says.
 
-    `request`, `end`, `ahead`, `carry` and `rest` matter for DONE; RETURNED has the `request`,
-    STALLED that and, as `carry`, a Stall, OVERDUE and UNFINISHED a stack.
+    For DONE all of it matters; RETURNED has the `request`, STALLED that and, as `carry`, a Stall,
+    OVERDUE and UNFINISHED a stack.
 
-    `rest` is what the client has not taken yet; its descriptor travels beside the message.
+    `rest` is what the client has not taken yet; its descriptor travels beside the message. `took`
+    is the request that the slot has taken off the deck, and begins; 0 if it waits to be sent one.
     """
 
     kind: int
@@ -112,10 +116,11 @@ class Report(NamedTuple):
     ahead: bytes = b""
     carry: bytes = b""
     rest: Rest | None = None
+    took: int = 0
 
     def encode(self) -> bytes:
         end = self.end if self.rest is None else self.end | _RESTS
-        start = _REPORT.pack(self.kind, end, self.request, len(self.ahead))
+        start = _REPORT.pack(self.kind, end, self.request, len(self.ahead), self.took)
         return b"".join((start, self.ahead, self.carry))
 
 
@@ -128,7 +133,7 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
     try:
         if len(data) < _REPORT.size:
             raise ValueError("too short for a report")
-        kind, end, request, ahead = _REPORT.unpack_from(data)
+        kind, end, request, ahead, took = _REPORT.unpack_from(data)
         if end & _RESTS:
             end = end ^ _RESTS if fds else End.ABORT
         split = _REPORT.size + ahead
@@ -136,10 +141,12 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
             raise ValueError("unknown, or cut short")
         if len(fds) > (kind == Kind.DONE):
             raise ValueError("a descriptor too many")
+        if took and kind != Kind.DONE:
+            raise ValueError("a slot takes a request when it ends one")
         rest = Rest(fds.pop()) if fds else None
     finally:
         close_all(fds)
-    return Report(kind, request, end, data[_REPORT.size : split], data[split:], rest)
+    return Report(kind, request, end, data[_REPORT.size : split], data[split:], rest, took)
 
 
 FREE = Report(Kind.FREE).encode()
@@ -236,10 +243,16 @@ def receive_now(sock: socket.socket) -> tuple[bytes, list[int]]:
 
 
 class ProcessEnd:
-    """A process's end of a channel, from which any number of slots may take at a time."""
+    """A process's end of a channel, from which any number of slots may take at a time.
 
-    def __init__(self, sock: socket.socket) -> None:
+    `deck` is that of the dispatcher at the other end; a slot takes from it while it `may_take`.
+    """
+
+    may_take = True
+
+    def __init__(self, sock: socket.socket, deck: socket.socket) -> None:
         self.sock = sock
+        self.deck = deck
 
     def receive(self) -> tuple[bytes, list[int]]:
         """Wait for the next message; `b""` at the end."""

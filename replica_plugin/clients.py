@@ -46,7 +46,7 @@ class Judge(Protocol):
     """What the clients' side asks of the dispatcher."""
 
     def on_ready(self, conn: Connection, now: float) -> None: ...
-    def on_gone(self, conn: Connection) -> None: ...
+    def on_gone(self, conn: Connection) -> bool: ...
     def on_answered(self, conn: Connection, answer: Answer, now: float) -> None: ...
     def on_cut_off(self, conn: Connection, now: float) -> None: ...
     def on_shortage(self, now: float) -> None: ...
@@ -121,8 +121,10 @@ class Clients:
             self._endings.on_event(conn, now)
 
     def _leave_queue(self, conn: Connection) -> None:
-        self._judge.on_gone(conn)
-        self.close(conn)
+        if self._judge.on_gone(conn):
+            self.close(conn)
+        else:  # a slot has it by now
+            self.lend(conn)
 
     def on_ready(self, conn: Connection, now: float) -> None:
         """The request is ready: a probe is answered, anything else is judged."""

@@ -10,8 +10,10 @@ Invariants, after every event:
 1. `running` is the sum over all known processes of what they run: requests sent and not
    reported done, plus `owed` slots (busy with a request of a dispatcher that died).
 2. A request is sent only against a credit (`free`) of its process, and only while
-   `running < processes * threads`. `_start` is the one place that takes a credit.
-3. A request is in exactly one of: `waiting`, `exempt`, the `requests` of one process, or gone.
+   `running < processes * threads`. `_start` is the one place that takes a credit; but that a slot
+   which ends a request may take the next one off the deck, and reports both at once (`done`).
+3. A request is in exactly one of: `waiting`, `exempt`, `taken`, the `requests` of one process, or
+   gone.
 4. `waiting` is ordered by request number: the order in which they became ready. So is `exempt`.
 5. Nothing is admitted while `in_flight >= bound`. In a dry run it is, and the answer says so;
    `_spared` then tells how many in flight would not be there otherwise.
@@ -20,6 +22,10 @@ Invariants, after every event:
    the cap, ahead of all that wait; then it counts as running, but not as in flight.
 7. A dismissed process is sent nothing more; a process is dismissed once.
 8. Because of stuck requests (overtime.py) at most p processes are ended in CALM seconds.
+9. `offered` are the first of `waiting`: those that lie on the deck (deck.py). They do only while
+   `_start` would send the first one to whichever slot is free next: `_may_offer`. Whatever changes
+   that, or the queue before its end, takes them back first (`clear_deck`). Those that are not there
+   any more are `taken`: by a slot whose report of it is on its way.
 
 The slots of a process are alike, and so are their credits: what makes one of them the extra
 one is how many requests of which kind are sent. Of `owed` slots nobody knows which kind they
@@ -31,8 +37,9 @@ It assumes that request numbers are never used twice, and that `now` never runs 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from operator import attrgetter
 
 from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
@@ -44,6 +51,8 @@ from .roster import Roster
 
 EXEMPT_QUEUE = 16
 """How many exempt requests may wait."""
+DECK = 4
+"""How many requests may lie on the deck."""
 
 _order = attrgetter("order")
 
@@ -72,12 +81,18 @@ class Rules:
 
 
 class Decisions:
-    """The replica: its processes, its queue, and the rules that join them."""
+    """The replica: its processes, its queue, and the rules that join them.
 
-    def __init__(self, rules: Rules) -> None:
+    `recall` takes back what lies on the deck, and tells which requests still did.
+    """
+
+    def __init__(self, rules: Rules, recall: Callable[[], Collection[int]] = tuple) -> None:
         self.rules = rules
         self.waiting = Queue()
         self.exempt = Queue()
+        self.offered: dict[int, None] = {}  # in their order
+        self.taken: dict[int, Wait] = {}
+        self._recall = recall
         self.roster = Roster(rules.processes)
         self.processes = self.roster.processes
         self.running = 0
@@ -98,7 +113,7 @@ class Decisions:
     @property
     def in_flight(self) -> int:
         """Requests waiting plus requests running, without exempt ones."""
-        return len(self.waiting) + self.running - self._exempt_within
+        return len(self.waiting) + len(self.taken) + self.running - self._exempt_within
 
     def next_expiry(self) -> float:
         """When a waiting request reaches its wait limit; infinity if none will."""
@@ -152,13 +167,19 @@ class Decisions:
     def _ready_exempt(self, request: int, wait: Wait, now: float) -> list[Action]:
         if len(self.exempt) >= EXEMPT_QUEUE:
             return [Refuse(request, Why.CROWDED)]
+        self.clear_deck()
         self.exempt.append(request, wait)
         return self._start(now)
 
-    def gone(self, request: int) -> None:
-        """The client of a waiting request left: it will not be run."""
+    def gone(self, request: int) -> bool:
+        """The client of a waiting request left: it will not be run. False if a slot has it."""
+        if request in self.offered:
+            self.clear_deck()
+        if request in self.taken:
+            return False
         self.waiting.remove(request)
         self.exempt.remove(request)
+        return True
 
     # Events from processes.
 
@@ -171,7 +192,7 @@ class Decisions:
         """A process has its app loaded. Its credits come one by one, with `freed`."""
         self._forget(age)
         self._remember(Process(age, slots, owed=owed, extra=extra))
-        return self.roster.changed()
+        return self._changed()
 
     def freed(self, age: int, now: float) -> list[Action]:
         """A slot that ran nothing of ours has come to wait: one credit, and one a slot at most."""
@@ -186,15 +207,22 @@ class Decisions:
         self.roster.see_whether_ready()
         return self._start(now)
 
-    def done(self, age: int, request: int, now: float) -> list[Action] | None:
-        """A slot has finished this request and waits for the next: one credit.
+    def done(self, age: int, request: int, now: float, took: int = 0) -> list[Action] | None:
+        """A slot has finished this request and waits for the next: one credit. Or it has taken
+        the next one off the deck.
 
-        None if that process does not run it: it was said twice, or is another process's.
+        None if that process does not run it: it was said twice, or is another process's. Or if
+        nothing of the kind was on the deck.
         """
         process = self.processes.get(age)
         if process is None or request not in process.requests:
             return None
+        if took and not (took in self.offered or took in self.taken):
+            return None
         self._end(process, request)
+        if took:
+            self._begin(now, process, took, self._take_off(took))
+            self._rate.count(now)
         return self._start(now)
 
     def overdue(self, age: int, request: int) -> bool:
@@ -246,7 +274,7 @@ class Decisions:
         if process is None:
             return []
         process.leaving = True
-        return self.roster.changed()
+        return self._changed()
 
     def died(self, age: int, unread: Collection[int], now: float) -> list[Action]:
         """A process is dead. What it had not begun to read goes back to the head of the queue."""
@@ -260,7 +288,7 @@ class Decisions:
         ]
         self._forget(age)
         self._put_back([(r, wait) for r, wait in process.requests.items() if r in unread])
-        return lost + self.roster.changed() + self._start(now)
+        return lost + self._changed() + self._start(now)
 
     # Events from the master, and from the clock.
 
@@ -272,21 +300,22 @@ class Decisions:
         """
         self.rules = rules
         self.roster.told(rules.processes, live, failed)
-        return self.roster.changed() + self._start(now)
+        return self._changed() + self._start(now)
 
     def stop(self) -> None:
         """The replica stops: what is in flight goes on, and processes stay until `drain`."""
+        self.clear_deck()
         self.roster.stopping = True
 
     def resume(self, now: float) -> list[Action]:
         """It was a pause: what is in flight goes on, and processes leave as ever."""
         self.roster.stopping = self.roster.drained = False
-        return self.roster.changed() + self._start(now)
+        return self._changed() + self._start(now)
 
     def drain(self) -> list[Action]:
         """Nothing waits, and nothing can become ready any more: all processes may go."""
         self.roster.drained = True
-        return self.roster.changed()
+        return self._changed()
 
     def tick(self, now: float) -> list[Action]:
         """Refuse what has waited long enough, see to what runs for longer than
@@ -296,6 +325,8 @@ class Decisions:
         slots than that; and in a stop one that is blocked is ended because of stuck requests, so
         that an older one is usable again.
         """
+        if self.next_expiry() <= now:
+            self.clear_deck()
         limit = self.rules.wait_limit
         late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
         overdue = self._see_to_overdue(now) if self._overtime or self._stuck else []
@@ -303,11 +334,61 @@ class Decisions:
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
+        self.clear_deck()
         self.given_up = True
         left = self.exempt.take_all() + self.waiting.take_all()
         return [Refuse(request, Why.STOPPING) for request in left]
 
+    # The deck.
+
+    def for_deck(self) -> list[int]:
+        """Those that may be laid on the deck now, behind what lies there."""
+        lie = len(self.offered)
+        if not lie < min(DECK, len(self.waiting)) or not (lie or self._may_offer()):
+            return []
+        return list(islice(self.waiting, lie, DECK))
+
+    def on_deck(self, request: int) -> None:
+        """The first of `for_deck` lies there."""
+        self.offered[request] = None
+
+    def clear_deck(self) -> None:
+        """Take back what lies on the deck, as if it had never been there."""
+        if not self.offered:
+            return
+        left = self._recall()
+        for request in self.offered.keys() - left:
+            self.taken[request] = self.waiting[request]
+            self.waiting.remove(request)
+        self.offered.clear()
+
+    def untaken(self, requests: Collection[int], now: float) -> list[Action]:
+        """Who took these, died before it said so, and before they were begun: they wait again."""
+        self._put_back([(r, self.taken.pop(r)) for r in requests if r in self.taken])
+        return self._start(now)
+
+    def _may_offer(self) -> bool:
+        """Whether whichever slot ends a request first is to have the one that waits longest."""
+        processes = self.processes.values()
+        return (
+            self.running == self.rules.cap == sum(each.slots for each in processes)
+            and len(self.roster.usable) == len(processes)
+            and not (self.exempt or any(each.extra for each in processes))
+        )
+
+    def _take_off(self, request: int) -> Wait:
+        wait = self.taken.pop(request, None)
+        if wait is None:
+            del self.offered[request]
+            wait = self.waiting[request]
+            self.waiting.remove(request)
+        return wait
+
     # How it is decided.
+
+    def _changed(self) -> list[Action]:
+        self.clear_deck()
+        return self.roster.changed()
 
     def _is_full(self) -> bool:
         """Whether one more is too many, in a replica that had refused all that were.
@@ -326,6 +407,9 @@ class Decisions:
         while self.exempt and (process := self._least_busy_for_exempt()):
             started.append(self._begin(now, process, *self.exempt.take()))
         while self.waiting and (process := self._least_busy()):
+            if self.offered:  # its slot has looked there too early
+                self.clear_deck()
+                continue
             started.append(self._begin(now, process, *self.waiting.take()))
             self._rate.count(now)
         return started
@@ -358,6 +442,7 @@ class Decisions:
             self._exempt_within += change
 
     def _put_back(self, requests: list[tuple[int, Wait]]) -> None:
+        self.clear_deck()
         self.waiting.put_back(each for each in requests if not each[1].exempt)
         self.exempt.put_back(each for each in requests if each[1].exempt)
 
@@ -410,7 +495,7 @@ class Decisions:
             if not (may_leave and self._quota.take(max(1, self.rules.processes), now)):
                 return []
             process.dismissed = True
-            actions = [Dismiss(process.age), *self.roster.changed()]
+            actions = [Dismiss(process.age), *self._changed()]
         if (at_once or process.is_idle) and not process.killed:
             process.killed = True
             actions.append(Kill(process.age))

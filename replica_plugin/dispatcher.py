@@ -68,11 +68,11 @@ class Dispatcher:
         self._wishes = wishes
         self._journal = journal
         self._epoll = select.epoll()
-        rules = wishes.rules
-        self._decisions = Decisions(replace(rules, processes=max(1, rules.processes)))
         self.requests: dict[int, Connection] = {}
         self._next = itertools.count(time.monotonic_ns() // 1000)  # never a number used before
         self._processes = Processes(self._epoll, frame.control, self)
+        rules = replace(wishes.rules, processes=max(1, wishes.rules.processes))
+        self._decisions = Decisions(rules, self._processes.deck.recall)
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
         self._stopping = Stopping(self._clients, self._decisions, self._processes, self)
@@ -112,7 +112,9 @@ class Dispatcher:
             self._clients.follow_up(now)
         if self._tick_at <= now:
             self._tick(now)
-            self._tick_at = min(now + TURN, self._next_deadline())
+            turn = MOMENT if self._decisions.taken else TURN
+            self._tick_at = min(now + turn, self._next_deadline())
+        self._fill_deck(now)
 
     def _on_events(self, events: list[tuple[int, int]], now: float) -> None:
         if self._nudged in events:
@@ -165,6 +167,8 @@ class Dispatcher:
     def _tick(self, now: float) -> None:
         """Do what is due, and tell the replica's page how things stand."""
         self._processes.watch(now)
+        if self._decisions.taken:
+            self._see_who_took(now)
         self._clients.tick(now)
         self._journal.tick(now)
         self.perform(self._decisions.tick(now), now)
@@ -196,9 +200,11 @@ class Dispatcher:
         exempt = head.path in self._wishes.serving.exempt and head.is_plain
         self.perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
 
-    def on_gone(self, conn: Connection) -> None:
-        del self.requests[conn.request]
-        self._decisions.gone(conn.request)
+    def on_gone(self, conn: Connection) -> bool:
+        gone = self._decisions.gone(conn.request)
+        if gone:
+            del self.requests[conn.request]
+        return gone
 
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
         self._journal.answered(conn, answer, now)
@@ -249,7 +255,9 @@ class Dispatcher:
 
     def _on_done(self, link: Link, report: Report, now: float) -> None:
         """The credit goes to the queue's head before the connection that gave it is looked at."""
-        actions = self._decisions.done(link.age, report.request, now)
+        actions = self._decisions.done(link.age, report.request, now, report.took)
+        if report.took:
+            self._on_took(link, report.took, actions is not None)
         conn = self.requests.pop(report.request, None) if actions is not None else None
         self.perform(actions or [], now)
         if conn is not None:
@@ -258,6 +266,24 @@ class Dispatcher:
             report.rest.close()
         if report.rest is not None:  # how much room there is for others, slots read on the page
             self._frame.replica_page.write(self._numbers(now))
+
+    def _on_took(self, link: Link, request: int, known: bool) -> None:
+        """With its report a slot has said what it has taken off the deck."""
+        if not known:
+            self._processes.on_nonsense(link)
+            return
+        link.busy += 1
+        self._clients.lend(self.requests[request])
+        self._write_load()
+
+    def _see_who_took(self, now: float) -> None:
+        """What has left the deck some process has, and is about to say so; or it has died."""
+        taken = list(self._decisions.taken)
+        if not self._processes.hear_all(now):
+            return
+        self.perform(self._decisions.untaken(taken, now), now)
+        for request in filter(self._decisions.waits, taken):
+            self._clients.take_back(self.requests[request])
 
     def _on_returned(self, link: Link, request: int, now: float) -> None:
         if not self._decisions.runs(link.age, request) or request not in self.requests:
@@ -355,24 +381,41 @@ class Dispatcher:
 
     def _send(self, action: Send, now: float) -> None:
         conn = self.requests[action.request]
-        job = Job(
-            action.request,
+        waited = now - conn.ready_at
+        job = self._job(conn, waited, self._decisions.overdue_at(action.request), 0.0)
+        self._write_load()
+        if self._processes.send(action.age, job, conn.fd):
+            self._clients.lend(conn)
+        else:
+            self.perform(self._decisions.unsent(action.age, action.request, now), now)
+
+    def _job(self, conn: Connection, waited: float, overdue_at: float, ready_at: float) -> Job:
+        return Job(
+            conn.request,
             conn.number,
             conn.client,
             conn.server,
             conn.ahead,
             conn.carry,
             self._decisions.roster.stopping,
-            now - conn.ready_at,
-            self._decisions.overdue_at(action.request),
+            waited,
+            overdue_at,
             self._decisions.rules.request_timeout,
+            ready_at,
         )
+
+    def _fill_deck(self, now: float) -> None:
+        """Lay there what the next slots may take for themselves."""
+        for request in self._decisions.for_deck():
+            conn = self.requests[request]
+            job = self._job(conn, 0.0, math.inf, conn.ready_at)
+            if not self._processes.deck.offer(job, conn.fd):
+                return
+            self._decisions.on_deck(request)
+
+    def _write_load(self) -> None:
         waiting = len(self._decisions.waiting)
         self._frame.replica_page.write_load(waiting, self._decisions.in_flight - waiting)
-        if self._processes.send(action.age, job, conn.fd):
-            self._clients.lend(conn)
-        else:
-            self.perform(self._decisions.unsent(action.age, action.request, now), now)
 
     def _refuse(self, action: Refuse, now: float) -> None:
         conn = self.requests.pop(action.request)

@@ -142,8 +142,8 @@ class GeventWorker(ReplicaWorker):
         if self._channel is channel:
             self._channel = None
 
-    def _take_up(self, sock: socket.socket) -> None:
-        self._channel = GreenEnd(sock)
+    def _take_up(self, sock: socket.socket, deck: socket.socket) -> None:
+        self._channel = GreenEnd(sock, deck)
         self._changed.set()
         if self._leaving_since is not None:
             self._say_leaving()
@@ -185,8 +185,8 @@ class GeventWorker(ReplicaWorker):
         if self._waker is not None:
             self._waker.send()
 
-    def _found(self, sock: socket.socket) -> None:
-        self._in_hub(self._take_up, sock)
+    def _found(self, sock: socket.socket, deck: socket.socket) -> None:
+        self._in_hub(self._take_up, sock, deck)
 
     def _on_death(self, sock: socket.socket) -> None:
         """The end of the channel tells the slots."""

@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +31,7 @@ from .overdue import SIGNAL, Run
 from .rest import PIECE
 
 READABLE = 1
+HAND_TIME = 0.005  # seconds in which a slot may take one request after the other, and no hub turns
 _NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -83,17 +85,26 @@ class GreenInterrupter:
 class GreenEnd(ProcessEnd):
     """A channel's end that one watcher reads, for slots that wait here for their turn.
 
-    `handing` is true for a slot that has not let the hub turn since it was handed a message.
+    `handing` is true for a slot that has not let the hub turn since it was handed a message. For
+    HAND_TIME it may go on so; then come others of the process.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        super().__init__(sock)
+    def __init__(self, sock: socket.socket, deck: socket.socket) -> None:
+        super().__init__(sock, deck)
         self.handing = False
+        self._hand_until = 0.0
         self._idle: list[Any] = []  # gevent's Waiters
         self._arrived: deque[Message] = deque()
         self._ended = False
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), READABLE)
         self._watcher.start(self._on_readable)
+
+    @property
+    def may_take(self) -> bool:  # type: ignore[override]
+        """Not ahead of what this process was sent before; nor while the hub waits for its turn."""
+        if self._arrived:
+            return False
+        return not self.handing or time.monotonic() < self._hand_until
 
     def receive(self) -> Message:
         """Wait for the next message; `b""` at the end. Nothing else ends the wait."""
@@ -141,6 +152,7 @@ class GreenEnd(ProcessEnd):
     def _hand(self, message: Message) -> None:
         """Run a slot, until it waits."""
         self.handing = True
+        self._hand_until = time.monotonic() + HAND_TIME
         self._idle.pop().switch(message)
         self.handing = False
 

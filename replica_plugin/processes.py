@@ -41,6 +41,7 @@ from .channel import (
     send,
     send_job,
 )
+from .deck import Deck
 
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
@@ -94,6 +95,7 @@ class Processes:
         self.by_channel: dict[int, Link] = {}
         self._by_pidfd: dict[int, Link] = {}
         self._own_pidfd = os.pidfd_open(os.getpid())
+        self.deck = Deck()
         epoll.register(control.fileno(), select.EPOLLIN)
 
     def on_event(self, fd: int, mask: int, now: float) -> None:
@@ -164,7 +166,7 @@ class Processes:
             self._release(link)
             return
         try:
-            send(link.channel, WELCOME, self._own_pidfd)
+            send(link.channel, WELCOME, self._own_pidfd, self.deck.end.fileno())
             if _is_dead(link.pidfd):
                 raise ProcessLookupError
         except OSError:  # the process is dead, or has made another offer meanwhile
@@ -218,12 +220,23 @@ class Processes:
             try:
                 report = decode_report(data, fds)
             except ValueError:
-                self._on_nonsense(link)
+                self.on_nonsense(link)
                 return
             link.busy -= report.kind is Kind.DONE
             yield report
 
-    def _on_nonsense(self, link: Link) -> None:
+    def hear_all(self, now: float) -> bool:
+        """Hear what all have said by now; False if one may have something off the deck, and has
+        not said so yet."""
+        if any(not link.open or link.cells.is_taking() for link in self.links.values()):
+            return False
+        for link in list(self.links.values()):
+            for report in self._reports(link, LAST_WORDS):
+                self._office.on_report(link, report, now)
+        return True
+
+    def on_nonsense(self, link: Link) -> None:
+        """It says what no process of ours says: it ends."""
         self._office.on_nonsense(link)
         self._close_channel(link)
         _end(link)

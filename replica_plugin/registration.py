@@ -1,7 +1,8 @@
 """How a process comes to a dispatcher, and to the next one when that dies.
 
 1. The process makes a channel and offers one end over the control socket (REGISTER).
-2. The dispatcher takes the offer and says so on the channel (WELCOME, with its own pidfd).
+2. The dispatcher takes the offer and says so on the channel (WELCOME, with its own pidfd and
+   the deck).
 3. The channel is given to the slots.
 4. When the dispatcher's pidfd fires, the channel is ended, so that slots let go of it (the
    app may have forked a child that holds it open), and it begins again at 1.
@@ -20,8 +21,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .channel import WELCOME, Register, pair, receive_now, send_register
-from .unpatched import poll
+from . import deck
+from .channel import WELCOME, Register, close_all, pair, receive_now, send_register
+from .unpatched import Socket, poll
 
 OFFER_TIME = 5.0  # seconds without WELCOME after which the process offers itself anew
 RETRY_TIME = 0.02  # seconds until it does so if the dispatcher died with its offer
@@ -30,8 +32,8 @@ RETRY_TIME = 0.02  # seconds until it does so if the dispatcher died with its of
 class Registration:
     """One process's tie to whichever dispatcher lives.
 
-    `found` is called with a channel when a dispatcher has taken it, `lost` when that died.
-    `describe` makes the offer.
+    `found` is called with a channel, which a dispatcher has taken, and its deck, `lost` when that
+    died. `describe` makes the offer.
     """
 
     def __init__(
@@ -40,7 +42,7 @@ class Registration:
         cells: int,
         log: Any,
         describe: Callable[[bool], Register],
-        found: Callable[[socket.socket], None],
+        found: Callable[[socket.socket, socket.socket], None],
         lost: Callable[[socket.socket], None],
     ) -> None:
         self._control = control
@@ -55,6 +57,7 @@ class Registration:
         self._offered_at = 0.0
         self._dispatcher = -1  # its pidfd
         self._channel: socket.socket | None = None
+        self._deck: socket.socket | None = None
         self._was_registered = False
 
     def watch(self, fd: int) -> None:
@@ -109,7 +112,8 @@ class Registration:
             data, fds = receive_now(channel)
         except OSError:
             data, fds = b"", []
-        if data != WELCOME or len(fds) != 1:
+        if data != WELCOME or len(fds) != 2:
+            close_all(fds)
             self._withdraw()
             return
         self._poll.unregister(channel)
@@ -117,14 +121,17 @@ class Registration:
         self._was_registered = True
         self._dispatcher = fds[0]
         self._poll.register(fds[0], select.POLLIN)
-        self._found(channel)
+        self._deck = Socket(fileno=fds[1])
+        self._found(channel, self._deck)
 
     def _on_death(self) -> None:
         self._poll.unregister(self._dispatcher)
         os.close(self._dispatcher)
         self._dispatcher = -1
         channel, self._channel = self._channel, None
-        assert channel is not None
+        end, self._deck = self._deck, None
+        assert channel is not None and end is not None
         self._lost(channel)
         with suppress(OSError):  # the other end was faster
             channel.shutdown(socket.SHUT_RDWR)
+        deck.let_go(end)

@@ -2,6 +2,9 @@
 
     take -> read (parser) -> call the app -> write, close the body -> report, and take again
 
+It takes off the deck (deck.py) when it reports, if something lies there; otherwise from the
+channel, when the dispatcher sends something.
+
 1. The report is the one way back of the slot's credit. It is sent exactly once for each
    request taken, on every exit, after the response body is closed.
 2. A slot takes from one channel until that ends; its credit on a new one is FREE.
@@ -30,9 +33,11 @@ from .channel import (
     Kind,
     ProcessEnd,
     Report,
+    close_all,
     decode_job,
 )
 from .client_socket import ClientSocket
+from .deck import Taken, take
 from .exchange import Exchange, Worker
 from .overdue import Watch
 from .rest import Rest
@@ -41,6 +46,7 @@ from .rest import Rest
 class Process(Worker, Protocol):
     """What a slot asks of the process it is in; a gunicorn worker."""
 
+    alive: bool
     serving: bool
     client_socket: type[ClientSocket]
 
@@ -60,6 +66,7 @@ class Slot:
         self._cells = cells
         self._watch = watch
         self._log = worker.log
+        self._next: Taken | None = None  # what it has taken off the deck, and reported
         self._may_answer = partial(cells.answering, index)  # as the dispatcher has it
 
     def run(self) -> None:
@@ -77,6 +84,10 @@ class Slot:
 
     def take(self, channel: ProcessEnd) -> bool:
         """Work on the next thing that comes on this channel; False when that has ended."""
+        if self._next is not None:
+            (job, fds), self._next = self._next, None
+            self._work(channel, job, fds)
+            return True
         if not self._worker.serving:
             return False
         data, fds = channel.receive()
@@ -119,13 +130,28 @@ class Slot:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
         if report.rest is not None and not self._leave_rest(channel, report, report.rest):
             report = _send_rest(report, sock)
-        told = report.rest is not None or self._say(channel, report.encode())
+        told = report.rest is not None or self._report_and_take(channel, report)
         if not told and report.end == End.KEEP:
             adopt = Adopt(job.number + 1, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
         self._watch.end(self._index)
         sock.close()
+
+    def _report_and_take(self, channel: ProcessEnd, report: Report) -> bool:
+        """Report, and with that what the slot takes off the deck; False if nobody was told."""
+        taken = None
+        if channel.may_take and self._worker.alive and self._worker.serving:
+            self._cells.take(self._index)
+            taken = take(channel.deck)
+        if taken is None:
+            return self._say(channel, report.encode())
+        job, fds = taken
+        if not self._say(channel, report._replace(took=job.request).encode()):
+            close_all(fds)
+            return False
+        self._next = taken
+        return True
 
     def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:
         """Report with the rest; False if that is not possible, and nothing was said."""

@@ -63,9 +63,9 @@ class ThreadWorker(ReplicaWorker):
             if self._channel is channel:
                 self._channel = None
 
-    def _found(self, sock: socket.socket) -> None:
+    def _found(self, sock: socket.socket, deck: socket.socket) -> None:
         with self._change:
-            self._channel = ProcessEnd(sock)
+            self._channel = ProcessEnd(sock, deck)
             self._change.notify_all()
         if self._leaving_since is not None:
             self._say_leaving()

@@ -158,7 +158,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         There may be no descriptor left for that; so `_nowhere` was made before.
         """
         if self._channel is not None:
-            os.dup2(self._nowhere.fileno(), self._channel.sock.fileno(), inheritable=False)
+            for end in (self._channel.sock, self._channel.deck):
+                os.dup2(self._nowhere.fileno(), end.fileno(), inheritable=False)
         self._control = self._nowhere
 
     # What each mode does in its own way.
@@ -171,8 +172,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """Run the slots, and the attendant beside them, until all slots have ended."""
         raise NotImplementedError
 
-    def _found(self, sock: socket.socket) -> None:
-        """A dispatcher has taken our channel."""
+    def _found(self, sock: socket.socket, deck: socket.socket) -> None:
+        """A dispatcher has taken our channel, and given us its deck."""
         raise NotImplementedError
 
     def _on_death(self, sock: socket.socket) -> None:

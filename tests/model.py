@@ -74,6 +74,9 @@ class Model:
         self.waiting: list[int] = []
         self.exempt: list[int] = []  # those that wait
         self.exempts: set[int] = set()  # all there ever were
+        self.offered: list[int] = []  # of those that wait: they lie on the deck
+        self.said_last = False  # those that lie there are to end their connections
+        self.taken: set[int] = set()  # off it, and nobody has said so yet
         self.ready_at: dict[int, float] = {}
         self.patience: dict[int, float] = {}
         self.processes: dict[int, Known] = {}
@@ -117,7 +120,7 @@ class Model:
             self._judge(actions)
 
     def gone(self, request, actions):
-        assert actions is None
+        assert actions is (request not in self.taken), "P9: what no slot has taken is not run"
         if request in self.waiting:
             self.waiting.remove(request)
         if request in self.exempt:
@@ -139,9 +142,37 @@ class Model:
         self._see_readiness()
         self._judge(actions)
 
-    def done(self, age, request, now, actions):
+    def done(self, age, request, now, took, actions):
         self.now = now
-        self.processes[age].end(request)
+        process = self.processes[age]
+        process.end(request)
+        if took in self.taken:
+            self.taken.remove(took)
+            self._begin(process, took)
+        elif took:
+            self.offered.remove(took)
+            self.waiting.remove(took)
+            self._begin(process, took)
+        self._judge(actions)
+
+    def offered_next(self, request):
+        """A request is about to be laid on the deck."""
+        assert request == self.waiting[len(self.offered)], "P3: behind those that lie there"
+        if not self.offered:
+            assert self.running() == self.cap, "P1: a slot that is free was not sent it"
+            self.said_last = self.stopping
+        self.offered.append(request)
+
+    def recalled(self, left):
+        """What was on the deck, and not there any more, has been taken."""
+        self.taken |= set(self.offered) - set(left)
+        self.waiting = [each for each in self.waiting if each not in self.taken]
+        self.offered = []
+
+    def untaken(self, requests, now, actions):
+        self.now = now
+        self.taken -= set(requests)
+        self._wait_again(set(requests))
         self._judge(actions)
 
     def overdue(self, age, request, actions):
@@ -275,12 +306,16 @@ class Model:
         assert process.running() == fewest, "P1: the process that runs fewest takes it"
         rested = min(each.last_sent for each in able if each.running() == fewest)
         assert process.last_sent == rested, "of equals, the longest unused takes it"
+        assert not self.offered, "P3: those on the deck come first"
         queue.remove(send.request)
-        process.sent.add(send.request)
-        if exempt:
-            process.exempt.add(send.request)
+        self._begin(process, send.request)
+
+    def _begin(self, process, request):
+        process.sent.add(request)
+        if request in self.exempts:
+            process.exempt.add(request)
         if self.rules.request_timeout is not None:
-            process.limits[send.request] = self.now + self.rules.request_timeout
+            process.limits[request] = self.now + self.rules.request_timeout
         process.credits -= 1
         slots = process.slots + process.extra
         assert process.busy() + process.credits <= slots, "P2: never more than its slots"
@@ -372,7 +407,11 @@ class Model:
         return self.rules.processes * self.rules.threads
 
     def in_flight(self):
-        return len(self.waiting) + sum(each.in_flight() for each in self.processes.values())
+        return (
+            len(self.waiting)
+            + len(self.taken)
+            + sum(each.in_flight() for each in self.processes.values())
+        )
 
     def credited(self):
         willing = [p for p in self.usable() if not p.blocked and not p.stalled]
@@ -422,5 +461,13 @@ class Model:
         assert decisions.roster.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.roster.is_ready == ready
+        assert list(decisions.offered) == self.offered == self.waiting[: len(self.offered)]
+        assert decisions.taken.keys() == self.taken
+        if self.offered:
+            assert self.said_last == self.stopping, "P7: answered with `Connection: close`"
+            assert not self.exempt, "an exempt one would have to come first"
+            assert len(self.usable()) == len(self.processes), "P7: one that is to leave may take it"
+            assert not any(each.extra for each in self.processes.values())
+            assert self.cap == sum(each.slots for each in self.processes.values()), "P2: so few run"
         expiries = map(self._expiry, self.waiting + self.exempt)
         assert decisions.next_expiry() == min(expiries, default=math.inf)

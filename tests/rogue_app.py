@@ -8,6 +8,7 @@ import signal
 import served_app
 
 from replica_plugin.channel import End, Kind, Report
+from replica_plugin.deck import let_go
 from replica_plugin.thread_worker import ThreadWorker
 
 
@@ -24,11 +25,18 @@ def claim(environ, start_response, name):
     return served_app.hello(environ, start_response, name)
 
 
+def steal(environ, start_response, name):
+    """Once held on the stage, take all that lies on the deck, and say nothing of it."""
+    served_app.hold(environ, lambda *_: None, name)
+    let_go(worker()._channel.deck)
+    return served_app.hello(environ, start_response, name)
+
+
 def nonsense(environ, start_response, code):
     """Say these bytes to the dispatcher, and never answer."""
     worker()._channel.tell(bytes.fromhex(code))
     signal.pause()
 
 
-served_app.HANDLERS.update(claim=claim, nonsense=nonsense)
+served_app.HANDLERS.update(claim=claim, nonsense=nonsense, steal=steal)
 application = served_app.application

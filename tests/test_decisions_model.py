@@ -74,11 +74,13 @@ class Histories(RuleBasedStateMachine):
         for each in [*patience, *[math.inf] * count][:count]:
             self.world.arrive(each, exempt=True)
 
-    @precondition(lambda self: self.world.decisions.waiting or self.world.decisions.exempt)
+    @precondition(lambda self: self.world.decisions.in_flight or self.world.decisions.exempt)
     @rule(pick=picks)
     def a_client_leaves(self, pick: int) -> None:
-        waiting = [*self.world.decisions.exempt, *self.world.decisions.waiting]
-        self.world.go(self._one_of(waiting, pick))
+        world, decisions = self.world, self.world.decisions
+        waiting = [*decisions.exempt, *decisions.waiting, *decisions.taken]
+        if waiting:
+            world.go(self._one_of(waiting, pick))
 
     @rule(quarters=st.integers(0, 4), tick=st.booleans())
     def time_passes(self, quarters: int, tick: bool) -> None:
@@ -119,6 +121,28 @@ class Histories(RuleBasedStateMachine):
             for _ in range(count):
                 self.world.take(worker)
                 self.world.finish(worker)
+        self.world.fill_deck()
+
+    @rule()
+    def the_deck_is_filled(self) -> None:
+        self.world.fill_deck()
+
+    @precondition(lambda self: self.world.workers and self.world.deck)
+    @rule(pick=picks, which=picks, count=few, dies=st.sampled_from([False] * 5 + [True]))
+    def slots_take_off_the_deck(self, pick: int, which: int, count: int, dies: bool) -> None:
+        for number in range(count):
+            last = number == count - 1
+            self.world.take_next(self._worker(pick + number), which, dies and last)
+
+    @precondition(lambda self: any(each.reports for each in self.world.workers.values()))
+    @rule(pick=picks)
+    def a_process_is_heard(self, pick: int) -> None:
+        self.world.hear(self._worker(pick))
+
+    @precondition(lambda self: self.world.decisions.taken)
+    @rule()
+    def all_are_heard(self) -> None:
+        self.world.see_who_took()
 
     @precondition(lambda self: self.world.workers)
     @rule(pick=picks, said=st.booleans())

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
+from stage import PATIENCE
 
 from replica_plugin import channel
 from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Job, Kind, Report
 from replica_plugin.decisions import Rules
+from replica_plugin.deck import take
 from replica_plugin.dispatcher import Dispatcher, Frame
 from replica_plugin.journal import Journal
 from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
@@ -41,7 +47,7 @@ class Replica:
         self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
         self.process, theirs = channel.pair()
         offer = channel.Register(age=1, slots=1, again=False, leaving=False)
-        cells = Cells(1)
+        self.cells = cells = Cells(1)
         channel.send_register(
             self._writing, offer, theirs.fileno(), cells.fd, os.pidfd_open(os.getpid())
         )
@@ -68,9 +74,18 @@ class Replica:
         data = self.receive()
         return channel.decode_job(data) if data else None
 
-    def done(self, job: Job | None) -> None:
+    def done(self, job: Job | None, took: Job | None = None) -> None:
         assert job is not None
-        self.process.send(Report(Kind.DONE, job.request, End.CLOSE).encode())
+        request = took.request if took else 0
+        self.process.send(Report(Kind.DONE, job.request, End.CLOSE, took=request).encode())
+
+    def take(self) -> Job | None:
+        """What lies first on the deck."""
+        taken = take(self.dispatcher._processes.deck.end)
+        if taken is None:
+            return None
+        channel.close_all(taken[1])
+        return taken[0]
 
     def connect(self) -> socket.socket:
         return socket.create_connection(self.listener.getsockname())
@@ -151,3 +166,121 @@ def test_a_client_that_sends_nothing_more_overtakes_nobody(replica):
 def test_the_page_says_ready_as_soon_as_readyz_does(replica):
     assert replica.dispatcher._decisions.roster.is_ready
     assert replica.page.read().was_ready
+
+
+# The deck.
+
+
+@pytest.fixture
+def full(replica) -> tuple[Replica, Job, socket.socket]:
+    """A replica whose slot is busy, with what, and a client that waits."""
+    first, second = replica.client(), replica.client()
+    ask(first)
+    ask(second)
+    replica.turn()
+    job = replica.job()
+    assert job is not None
+    first.close()
+    return replica, job, second
+
+
+def test_what_waits_lies_on_the_deck_while_all_slots_are_busy(full):
+    replica, job, client = full
+    time.sleep(0.01)
+    took = replica.take()
+    assert address(took) == client.getsockname()
+    assert 0.01 < took.waited < PATIENCE
+    assert took.overdue_at == math.inf
+    replica.done(job, took)
+    replica.turn()
+    assert replica.job() is None
+    assert list(replica.dispatcher._decisions.processes[1].requests) == [took.request]
+    replica.done(took)
+    replica.turn()
+    assert client.recv(1) == b""
+
+
+def test_a_request_taken_off_the_deck_has_request_timeout_from_then_on(full):
+    replica, job, _ = full
+    wishes = replica.dispatcher._wishes
+    rules = replace(wishes.rules, request_timeout=5.0)
+    replica.dispatcher._obey(replace(wishes, rules=rules), time.monotonic())
+    replica.turn()
+    before = time.monotonic()
+    took = replica.take()
+    assert before + 5 <= took.overdue_at <= time.monotonic() + 5
+    replica.done(job, took)
+    replica.turn()
+    assert replica.dispatcher._decisions.overdue_at(took.request) < time.monotonic() + 5
+
+
+def test_what_lies_on_the_deck_of_a_client_that_leaves_is_taken_back(full):
+    replica, job, client = full
+    client.close()
+    replica.turn()
+    assert replica.take() is None
+    replica.done(job)
+    replica.turn()
+    assert replica.job() is None
+
+
+def test_a_slot_that_looked_too_early_is_sent_what_lies_on_the_deck(full):
+    replica, job, client = full
+    replica.done(job)
+    replica.turn()
+    assert address(replica.job()) == client.getsockname()
+    assert replica.take() is None
+
+
+def test_a_client_whose_request_was_taken_when_it_left_keeps_its_slot(full):
+    """The slot will find out; what it has reported by then is not lost."""
+    replica, job, client = full
+    replica.cells.take(0)
+    took = replica.take()
+    client.close()
+    replica.turn()
+    replica.done(job, took)
+    replica.turn()
+    assert replica.dispatcher._decisions.running == 1
+    replica.done(took)
+    replica.turn()
+    assert replica.dispatcher._decisions.running == 0
+    assert not replica.dispatcher._clients.connections
+
+
+def test_what_was_taken_and_not_reported_waits_again_when_no_slot_can_have_it(full):
+    """As after the death of who took it."""
+    replica, _, client = full
+    replica.cells.take(0)
+    took = replica.take()
+    decisions = replica.dispatcher._decisions
+    decisions.clear_deck()
+    replica.turn()
+    assert list(decisions.taken) == [took.request]
+    replica.cells.end(0)
+    replica.turn()
+    assert not decisions.taken
+    again = replica.take()
+    assert (again.request, again.client) == (took.request, client.getsockname())
+
+
+def test_a_process_that_says_it_took_what_nobody_offered_is_killed(full, monkeypatch):
+    replica, job, _ = full
+    killed = []
+    monkeypatch.setattr(signal, "pidfd_send_signal", lambda pidfd, number: killed.append(number))
+    replica.done(job, job)
+    replica.turn()
+    assert killed == [signal.SIGKILL]
+
+
+def test_a_deck_that_a_process_has_shut_is_done_without(full):
+    replica, job, client = full
+    replica.dispatcher._processes.deck.end.shutdown(socket.SHUT_RDWR)
+    replica.done(job)
+    replica.turn()
+    assert address(replica.job()) == client.getsockname()
+    third = replica.client()
+    ask(third)
+    replica.turn()
+    assert list(replica.dispatcher._decisions.waiting)
+    assert not replica.dispatcher._decisions.offered

@@ -38,6 +38,7 @@ from replica_plugin.channel import (
     Kind,
     Register,
     _decode_register,
+    close_all,
     control_pair,
     decode_report,
     decode_stall,
@@ -46,6 +47,7 @@ from replica_plugin.channel import (
 )
 from replica_plugin.connection import Connection, State
 from replica_plugin.decisions import Rules
+from replica_plugin.deck import take
 from replica_plugin.dispatcher import Dispatcher, Frame
 from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
 from replica_plugin.processes import Link
@@ -56,7 +58,7 @@ CLIENTS = 6
 LONG = 1000.0  # longer than every deadline
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 WISHES = Wishes(
-    Rules(2, 2, request_timeout=60.0), Serving(), (1, 2), 2, 30, Privileges(0, 0, False), {}
+    Rules(1, 2, request_timeout=60.0), Serving(), (1,), 2, 30, Privileges(0, 0, False), {}
 )
 
 
@@ -117,6 +119,7 @@ class Replica:
         dispatcher, now = self.dispatcher, time.monotonic() + later
         dispatcher._on_events(dispatcher._epoll.poll(0), now)
         dispatcher._tick(now)
+        dispatcher._fill_deck(now)
         assert 0 <= dispatcher._decisions.running <= WISHES.rules.cap
 
     def end(self) -> None:
@@ -130,6 +133,7 @@ class Replica:
             client.close()
         for _ in range(3):
             self.turn(LONG)
+        assert not (dispatcher._decisions.taken or dispatcher._decisions.offered)
         waits = (State.WAITING, State.ARRIVING)
         for conn in list(dispatcher._clients.connections.values()):
             assert conn.state in (*waits, State.LINGERING, State.SENDING)
@@ -143,7 +147,8 @@ class Replica:
         processes = self.dispatcher._processes
         for fd in (self._nudge, self._master, processes._own_pidfd, *(p.fd for p in self._pages)):
             os.close(fd)
-        for each in (self.control, self.writing, self.dispatcher._epoll):
+        deck = processes.deck
+        for each in (self.control, self.writing, self.dispatcher._epoll, deck.end, deck._front):
             each.close()
 
 
@@ -219,19 +224,27 @@ OFFER = vars(Register(2, 2, False, False))
 ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
 
 
+Message = Callable[[list[int]], bytes]
+
+
 @st.composite
-def reports(draw: st.DrawFn) -> tuple[int, Callable[[int], bytes]]:
-    """Which of the known requests it is about, and the message for its number."""
+def reports(draw: st.DrawFn) -> Message:
+    """A message about some of the requests that are known."""
+    request, took = draw(st.integers(0, CLIENTS)), draw(st.none() | st.integers(0, CLIENTS))
     kind = draw(st.just(Kind.DONE) | st.integers(0, Kind.UNFINISHED + 1))
     end = draw(st.integers(0, 5)) | draw(st.sampled_from([0, 0x80]))
     ahead, carry = draw(BYTES), draw(BYTES | JSON.map(lambda value: json.dumps(value).encode()))
     size = draw(st.just(len(ahead)) | st.integers(0, 2**32 - 1))
-    return draw(
-        st.integers(0, CLIENTS)
-    ), lambda request: struct.pack("=BBQI", kind, end, request, size) + ahead + carry
+    return lambda known: (
+        report(kind, end, known[request], size, 0 if took is None else known[took]) + ahead + carry
+    )
 
 
-OTHER = BYTES.map(lambda data: (0, lambda request: data))
+def report(kind: int, end: int = 0, request: int = 0, size: int = 0, took: int = 0) -> bytes:
+    return struct.pack("=BBQIQ", kind, end, request, size, took)
+
+
+OTHER = BYTES.map(lambda data: lambda known: data)
 
 
 def fields(whole: dict[str, Any]) -> st.SearchStrategy[bytes]:
@@ -277,20 +290,28 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return killed
 
 
-FIRST = (0, lambda request: struct.pack("=BBQI", Kind.DONE, 0x80, request, 0))
+def first(known: list[int]) -> bytes:
+    return report(Kind.DONE, 0x80, known[0])
 
 
 @settings(deadline=None)
-@given(messages=st.lists(st.tuples(reports() | reports() | OTHER, DESCRIPTORS), max_size=8))
-@example(messages=[(FIRST, [MAKERS[3]])] * 4)
+@given(
+    messages=st.lists(
+        st.tuples(reports() | reports() | OTHER, DESCRIPTORS, st.integers(0, 2)), max_size=8
+    )
+)
+@example(messages=[(first, [MAKERS[3]], 0)] * 4)
 @pytest.mark.usefixtures("killed")
-def test_whatever_a_process_reports_the_dispatcher_goes_on(child, messages):
+def test_whatever_a_process_reports_and_takes_the_dispatcher_goes_on(child, messages):
     replica = Replica(child)
     for _ in range(2):
-        replica.say(replica.says, struct.pack("=BBQI", Kind.FREE, 0, 0, 0), [])
-    for (which, message), makers in messages:
+        replica.say(replica.says, report(Kind.FREE), [])
+    for message, makers, takes in messages:
+        for _ in range(takes):
+            _, fds = take(replica.dispatcher._processes.deck.end) or (None, [])
+            close_all(fds)
         known = [*replica.requests(), *range(CLIENTS + 1)]
-        replica.say(replica.says, message(known[which]), [make() for make in makers])
+        replica.say(replica.says, message(known), [make() for make in makers])
     replica.end()
     replica.close()
 
@@ -321,7 +342,7 @@ def test_whatever_a_process_says_of_its_hub_is_a_stall_or_nothing(data):
 def test_of_a_request_that_is_not_its_own_a_process_can_say_nothing(child, kind):
     replica = Replica(child)
     waiting = replica.requests()
-    replica.say(replica.says, struct.pack("=BBQI", kind, 0, waiting[0], 0), [])
+    replica.say(replica.says, report(kind, 0, waiting[0]), [])
     assert replica.requests() == waiting
     assert list(replica.dispatcher._decisions.waiting) == waiting
     replica.end()
@@ -337,7 +358,7 @@ def test_an_offer_beyond_what_a_process_can_have_is_none(odd):
 def test_a_descriptor_comes_with_done_only_and_a_rest_without_one_ends_the_connection():
     fd = rest()
     with pytest.raises(ValueError, match="a descriptor too many"):
-        decode_report(struct.pack("=BBQI", Kind.FREE, 0, 1, 0), [fd])
+        decode_report(report(Kind.FREE, 0, 1), [fd])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    assert decode_report(struct.pack("=BBQI", Kind.DONE, 0x80, 1, 0), []).end == End.ABORT
+    assert decode_report(report(Kind.DONE, 0x80, 1), []).end == End.ABORT

@@ -59,7 +59,23 @@ def test_a_process_can_report_no_request_but_its_own(start, stage):
     assert server.dispatcher == dispatcher
 
 
-@pytest.mark.parametrize("code", ["00", "77" * 20, "0100" + "00" * 8 + "ffff0000"])
+def test_what_a_process_takes_off_the_deck_and_hides_is_run_by_others(start, stage):
+    server = rogue(start, TWO)
+    with server.connect() as stealing:
+        stealing.ask("/steal/x")
+        thief = stage.next()
+        beside = server.later("/hold/y")
+        actor = stage.next()
+        waiting = [server.later("/hello") for _ in range(6)]
+        server.wait_numbers(running=2, waiting=6)
+        thief.finish()
+        assert [each.result().status for each in waiting] == [200] * 6
+        assert stealing.reply().status == 200
+        actor.finish()
+        assert beside.result().status == 200
+
+
+@pytest.mark.parametrize("code", ["00", "77" * 20, "0100" + "00" * 8 + "ffff0000" + "00" * 8])
 def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code):
     server = rogue(start, TWO)
     dispatcher = server.dispatcher

@@ -2,12 +2,14 @@
 
 What is faithful here: the order in which gunicorn writes its page, forks, tells processes to
 leave and reaps them; that a dispatcher hears of deaths and of the page late; that a slot gives
-one credit when it comes to wait, and reports what it was sent at most once; that jobs lie
-in a channel before a process reads them; that a message may not fit; and what is left when a
+one credit when it comes to wait, and reports what it was sent at most once, or with that what it
+has taken off the deck; that jobs lie in a channel before a process reads them, and reports before
+the dispatcher does; that a message may not fit; and what is left when a
 dispatcher dies. Nothing here happens by itself: a test says what happens next.
 
 Each event goes to the decisions and to the model, which judges the answer. The world knows
-the truth beside them: what really runs (P2), and how each request ended (P6).
+the truth beside them: what really runs (P2), in which order it began (P3), and how each request
+ended (P6).
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ class Worker:
     old: list[int] = field(default_factory=list)  # requests of a dispatcher that died
     mailbox: list[int] = field(default_factory=list)
     reading: list[int] = field(default_factory=list)
+    reports: list[tuple[int, int]] = field(default_factory=list)  # said, and not heard yet
     full: bool = False  # its channel takes no message now
     missed: bool = False  # something could not be delivered
     leave_due: bool = False
@@ -79,6 +82,8 @@ class World:
         self.failed = 0  # the newest age that could not load the app
         self._reloading = 0  # the newest age of before, while a reload waits for those to go
         self.reads_at_once = True
+        self.deck: list[int] = []
+        self.vanished: set[int] = set()  # taken off it by processes that died before they said so
         self.write()
         self._be_born(was_ready=False)
         self.manage()
@@ -179,6 +184,7 @@ class World:
         """What the master had written when it told it to leave has been read by now."""
         if worker.told and not worker.said and worker.welcomed and self._has_link(worker):
             worker.said = True
+            self.hear(worker)
             self.read()
             self.tell("leaving", worker.age)
 
@@ -187,6 +193,7 @@ class World:
         if worker.starting and worker.welcomed and self._has_link(worker):
             worker.starting -= 1
             worker.idle += 1
+            self.hear(worker)
             self.tell("freed", worker.age, self.now)
 
     def take(self, worker: Worker) -> None:
@@ -203,14 +210,62 @@ class World:
             request = worker.reading.pop(which % len(worker.reading))
             worker.idle += 1
             self._end(request, "sent", "answered")
-            self.tell("done", worker.age, request, self.now)
+            self.hear(worker)
+            self.tell("done", worker.age, request, self.now, 0)
         elif worker.old:
             worker.old.pop(which % len(worker.old))
             worker.starting += 1
             self.free(worker)
 
+    def take_next(self, worker: Worker, which: int = 0, dies: bool = False) -> None:
+        """A slot is done with a request, and takes the next one off the deck. It reports both; or
+        it dies before it has."""
+        if not (worker.alive and worker.reading and self.deck and not worker.dismissed):
+            return
+        request, taken = worker.reading.pop(which % len(worker.reading)), self.deck.pop(0)
+        wait = {r for r, state in self.requests.items() if state == "waiting"}
+        assert taken == min(wait - self.exempts - self.vanished), "P3: the longest waiting one"
+        if dies:
+            self.vanished.add(taken)
+            worker.reading.append(request)
+            self.die(worker)
+            return
+        self._end(request, "sent", "answered")
+        self._end(taken, "waiting", "sent")
+        worker.reading.append(taken)
+        worker.reports.append((request, taken))
+
+    def hear(self, worker: Worker) -> None:
+        """The dispatcher reads what a process has said."""
+        reports, worker.reports = worker.reports, []
+        for request, taken in reports:
+            self.tell("done", worker.age, request, self.now, taken)
+
+    def fill_deck(self) -> None:
+        for request in self.decisions.for_deck():
+            self.model.offered_next(request)
+            self.decisions.on_deck(request)
+            self.deck.append(request)
+
+    def _recall(self) -> list[int]:
+        left, self.deck = self.deck, []
+        self.model.recalled(left)
+        return left
+
+    def see_who_took(self) -> None:
+        """All is heard that living processes have said; whoever else had something is dead."""
+        taken = list(self.decisions.taken)
+        for worker in list(self.table.values()):
+            self.hear(worker)
+        if taken:
+            left = [each for each in taken if each in self.decisions.taken]
+            assert set(left) <= self.vanished
+            self.vanished -= set(left)
+            self.tell("untaken", left, self.now)
+
     def say_overdue(self, worker: Worker) -> None:
         """Its attendant has a look at what its slots have begun."""
+        self.hear(worker)
         for request in list(worker.reading) if self._has_link(worker) else ():
             limits = self.model.processes[worker.age].limits
             if limits.get(request, math.inf) <= self.now:
@@ -225,6 +280,7 @@ class World:
     def turn(self, worker: Worker) -> None:
         """Its slots go on."""
         if worker.stalled and self._is_known(worker):
+            self.hear(worker)
             self.tell("turning", worker.age, self.now)
         worker.stalled = False
 
@@ -233,6 +289,7 @@ class World:
         while worker.mailbox and worker.welcomed and self._is_known(worker):
             request = worker.mailbox.pop(0)
             self._end(request, "sent", "waiting")
+            self.hear(worker)
             self.tell("returned", worker.age, request, self.now)
             if not worker.stalled:  # it may be sent back at once
                 return
@@ -278,8 +335,9 @@ class World:
         self.tell("ready", self._numbers, self.now, patience, exempt)
 
     def go(self, request: int) -> None:
-        """The client of a waiting request leaves."""
-        self._end(request, "waiting", "gone")
+        """The client of a waiting request leaves; or of one that a slot has just taken."""
+        if self.requests[request] == "waiting" and request not in self.vanished:
+            self._end(request, "waiting", "gone")
         self.tell("gone", request)
 
     # The dispatcher.
@@ -287,7 +345,7 @@ class World:
     def _be_born(self, was_ready: bool) -> None:
         rules = self.page[0]
         rules = replace(rules, processes=max(1, rules.processes))
-        self.decisions, self.model = Decisions(rules), Model(rules, was_ready)
+        self.decisions, self.model = Decisions(rules, self._recall), Model(rules, was_ready)
         self.decisions.roster.was_ready = was_ready
         for age, worker in self.table.items():
             self.tell("expected", age, worker.slots)
@@ -296,8 +354,10 @@ class World:
     def restart(self) -> None:
         """It dies; what waits is lost, what runs goes on, and there is another."""
         self.life += 1
-        for request in [*self.decisions.waiting, *self.decisions.exempt]:
-            self._end(request, "waiting", "reset")
+        for request, state in self.requests.items():
+            if state == "waiting":
+                self._end(request, "waiting", "reset")
+        self.deck, self.vanished = [], set()
         for worker in self.table.values():
             self._lose_dispatcher(worker)
         self.table = {age: worker for age, worker in self.table.items() if worker.alive}
@@ -309,7 +369,7 @@ class World:
         for request in worker.mailbox + worker.reading:
             self._end(request, "sent", "answered" if worker.alive else "reset")
         worker.old += worker.mailbox + worker.reading
-        worker.mailbox, worker.reading, worker.idle = [], [], 0
+        worker.mailbox, worker.reading, worker.idle, worker.reports = [], [], 0, []
         worker.starting = worker.all_slots - len(worker.old)
         worker.welcomed = worker.full = worker.missed = worker.leave_due = False
         worker.stalled = False
@@ -330,6 +390,8 @@ class World:
         if worker.alive or worker.heard:
             return
         worker.heard = True
+        if worker.age in self.table:
+            self.hear(worker)
         if self.table.pop(worker.age, None):
             unread = worker.mailbox if worker.life == self.life else []
             for request in worker.mailbox:
@@ -413,6 +475,8 @@ class World:
                 for happens in self._all_that_happens():
                     happens(worker)
             self.unburied = [each for each in self.unburied if each.age in self.workers]
+            self.fill_deck()
+            self.see_who_took()
             self.drain()
             self.manage()
             if before == self._happenings():
@@ -425,7 +489,7 @@ class World:
             self.register,
             self.welcome,
             self.say_leaving,
-            *[self.free, self.take, self.finish] * 4,
+            *[self.free, self.take, self.take_next, self.finish] * 4,
             self.leave,
             self.hear_death,
             self.reap,
