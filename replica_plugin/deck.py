@@ -42,14 +42,16 @@ class Deck:
         return True
 
     def recall(self) -> set[int]:
-        """Take back what lies there: the requests."""
+        """Take back what lies there: the requests.
+
+        Whatever else than its end stops that ends the dispatcher, and the deck with it: what is
+        left there could be taken, and run a second time.
+        """
         left = set()
-        with suppress(OSError):
-            while True:
-                data, fds = receive_now(self.end)
+        with suppress(BlockingIOError):
+            while (message := receive_now(self.end))[0]:  # nothing: a process has shut it
+                data, fds = message
                 close_all(fds)
-                if not data:  # a process has shut it
-                    break
                 left.add(decode_job(data).request)
         return left
 
@@ -70,8 +72,5 @@ def take(end: socket.socket) -> Taken | None:
 def let_go(end: socket.socket) -> None:
     """The dispatcher has died: what waited ends with it."""
     with suppress(OSError):
-        while True:
-            data, fds = receive_now(end)
-            if not data:
-                return
-            close_all(fds)
+        while (message := receive_now(end))[0]:
+            close_all(message[1])

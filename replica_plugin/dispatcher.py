@@ -114,7 +114,8 @@ class Dispatcher:
             self._tick(now)
             turn = MOMENT if self._decisions.taken else TURN
             self._tick_at = min(now + turn, self._next_deadline())
-        self._fill_deck(now)
+        if self._decisions.waiting:
+            self._fill_deck()
 
     def _on_events(self, events: list[tuple[int, int]], now: float) -> None:
         if self._nudged in events:
@@ -404,14 +405,15 @@ class Dispatcher:
             ready_at,
         )
 
-    def _fill_deck(self, now: float) -> None:
-        """Lay there what the next slots may take for themselves."""
+    def _fill_deck(self) -> None:
+        """Lay there what the next slots may take for themselves, and tell them on the page."""
         for request in self._decisions.for_deck():
             conn = self.requests[request]
             job = self._job(conn, 0.0, math.inf, conn.ready_at)
             if not self._processes.deck.offer(job, conn.fd):
                 return
             self._decisions.on_deck(request)
+            self._write_load()
 
     def _write_load(self) -> None:
         waiting = len(self._decisions.waiting)

@@ -169,6 +169,7 @@ class Numbers(NamedTuple):
 
 _LOAD = struct.Struct("@QQ")  # waiting and running, which are neighbours
 _LOAD_OFFSET = 8 * Numbers._fields.index("waiting")
+_NOTHING = bytes(8)
 
 
 class ReplicaPage(_Page):
@@ -216,6 +217,10 @@ class ReplicaPage(_Page):
     def write_load(self, waiting: int, running: int) -> None:
         """Two of the numbers, ahead of the others: a request that begins finds itself counted."""
         self._memory[_LOAD_OFFSET : _LOAD_OFFSET + _LOAD.size] = _LOAD.pack(waiting, running)
+
+    def something_waits(self) -> bool:
+        """Whether a request waits, as far as has been written."""
+        return self._memory[_LOAD_OFFSET : _LOAD_OFFSET + 8] != _NOTHING
 
     def write_table(self, rows: list[tuple[int, int, int]]) -> None:
         """Age, slots and pid of every registered process."""

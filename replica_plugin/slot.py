@@ -46,7 +46,6 @@ from .rest import Rest
 class Process(Worker, Protocol):
     """What a slot asks of the process it is in; a gunicorn worker."""
 
-    alive: bool
     serving: bool
     client_socket: type[ClientSocket]
 
@@ -54,6 +53,7 @@ class Process(Worker, Protocol):
     def dismissed(self, channel: ProcessEnd) -> None: ...
     def lost(self, channel: ProcessEnd) -> None: ...
     def offer(self, adopt: Adopt, sock: socket.socket) -> None: ...
+    def may_take(self) -> bool: ...
     def room_for_rest(self) -> int: ...
 
 
@@ -141,7 +141,7 @@ class Slot:
     def _report_and_take(self, channel: ProcessEnd, report: Report) -> bool:
         """Report, and with that what the slot takes off the deck; False if nobody was told."""
         taken = None
-        if channel.may_take and self._worker.alive and self._worker.serving:
+        if self._worker.may_take() and channel.may_take:
             self._cells.take(self._index)
             taken = take(channel.deck)
         if taken is None:

@@ -212,6 +212,10 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         except OSError as error:
             self.log.debug("A kept-alive connection could not be handed back: %s", error)
 
+    def may_take(self) -> bool:
+        """Whether a slot may find something on the deck: a look there is a system call."""
+        return self.serving and self._replica_page.something_waits()
+
     def room_for_rest(self) -> int:
         """How many bytes of a response a slot may leave to the dispatcher now.
 

@@ -119,7 +119,7 @@ class Replica:
         dispatcher, now = self.dispatcher, time.monotonic() + later
         dispatcher._on_events(dispatcher._epoll.poll(0), now)
         dispatcher._tick(now)
-        dispatcher._fill_deck(now)
+        dispatcher._fill_deck()
         assert 0 <= dispatcher._decisions.running <= WISHES.rules.cap
 
     def end(self) -> None:

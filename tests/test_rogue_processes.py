@@ -161,7 +161,8 @@ class Control:
         for child in self.children:
             child.kill()
             child.communicate()
-        for each in (self.reading, self.writing, self.epoll):
+        deck = self.processes.deck
+        for each in (self.reading, self.writing, self.epoll, deck.end, deck._front):
             each.close()
 
 

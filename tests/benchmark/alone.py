@@ -59,12 +59,13 @@ def slot() -> Callable[[int], None]:
     worker: Any = SimpleNamespace(
         cfg=settled, log=Logger(settled), wsgi=app, serving=True, client_socket=ClientSocket,
         count_request=lambda: None, room_for_rest=lambda: 1 << 23,
+        may_take=lambda: False,
     )  # fmt: skip
     listener = socket.create_server(("127.0.0.1", 0))
     client = socket.create_connection(listener.getsockname())
     served, address = listener.accept()
     theirs, ours = channel.pair()
-    end = channel.ProcessEnd(theirs)
+    end = channel.ProcessEnd(theirs, theirs)
     interrupter: Any = SimpleNamespace(here=threading.get_ident)
     one = Slot(worker, 0, cells.Cells(1), Watch(1, interrupter, lambda: None))
 
