@@ -22,8 +22,9 @@ KNOW_GUNICORN = {
 DISPATCHER = {
     "actions", "answers", "arrival", "arriving", "cells", "channel", "chunks", "clients",
     "connection", "deadlines", "decisions", "deck", "dispatcher", "endings", "guard", "head",
-    "heritage", "journal", "listeners", "machine", "overtime", "pages", "process", "processes", "rate",
-    "ready_file", "request_queue", "rest", "roster", "rules", "stopping", "supervisor", "unpatched",
+    "heritage", "journal", "listeners", "machine", "overtime", "pages", "process", "processes",
+    "rate", "ready_file", "request_queue", "rest", "roster", "rules", "stopping", "supervisor",
+    "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 
