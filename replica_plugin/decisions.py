@@ -344,7 +344,7 @@ class Decisions:
     def for_deck(self) -> list[int]:
         """Those that may be laid on the deck now, behind what lies there."""
         lie = len(self.offered)
-        if not lie < min(DECK, len(self.waiting)) or not (lie or self._may_offer()):
+        if lie >= min(DECK, len(self.waiting)) or not (lie or self._may_offer()):
             return []
         return list(islice(self.waiting, lie, DECK))
 

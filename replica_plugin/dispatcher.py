@@ -7,7 +7,7 @@ and bytes), decisions (plain values) and processes (channels). Each turn of its 
 first what the master wants, so that a stop comes before requests that came after it; then clients
 that wait no longer, so that they are not run; then what processes say, so that no request is
 refused while a slot is free; then what has come from clients, from new ones last; and, every few
-milliseconds, what is due.
+milliseconds, what is due. At its end it lays on the deck (deck.py) what slots may take.
 
 It reads the master's page when nudged, tells the replica's page at least once a second that
 it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
