@@ -10,6 +10,7 @@ from stage import Actor, Stage
 from test_deaths import ONE, TWO, holds_all_slots
 
 pytestmark = IN_BOTH_MODES
+PAIR = {**ONE, "processes_per_replica": 2}
 KILL, STOP, CONTINUE = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
 
 
@@ -67,7 +68,7 @@ def test_slots_take_in_the_queue_s_order_without_the_dispatcher(start, stage):
 
 
 def test_what_lies_on_the_deck_ends_with_its_dispatcher(start, stage):
-    server = start(config={**ONE, "processes_per_replica": 2})
+    server = start(config=PAIR)
     full = Full(server, stage, 2, 6)
     server.tell(KILL, full.dispatcher)
     assert all(map(was_reset, full.waiting))
@@ -77,7 +78,7 @@ def test_what_lies_on_the_deck_ends_with_its_dispatcher(start, stage):
 
 
 def test_what_a_slot_has_taken_is_answered_though_the_dispatcher_dies_before_it_hears(start, stage):
-    server = start("--keep-alive", "20", config={**ONE, "processes_per_replica": 2})
+    server = start("--keep-alive", "20", config=PAIR)
     full = Full(server, stage, 2, 6)
     server.tell(STOP, full.dispatcher)
     assert full.finish_one().name == "0"
@@ -92,7 +93,7 @@ def test_what_a_slot_has_taken_is_answered_though_the_dispatcher_dies_before_it_
 
 
 def test_a_killed_process_costs_what_it_had_taken_and_nothing_else(start, stage):
-    server = start(config={**ONE, "processes_per_replica": 2})
+    server = start(config=PAIR)
     full = Full(server, stage, 2, 6)
     server.tell(STOP, full.dispatcher)
     victim = full.finish_one()
@@ -116,19 +117,16 @@ def test_a_killed_process_costs_what_it_had_taken_and_nothing_else(start, stage)
 @pytest.mark.parametrize("number", [KILL, signal.SIGTERM])
 def test_processes_that_end_one_after_another_leave_the_order_as_it_is(start, stage, number):
     """One that is told to leave takes nothing more once its successor is there."""
-    server = start(config={**ONE, "processes_per_replica": 2})
+    server = start(config=PAIR)
     full = Full(server, stage, 2, 6)
-    before = server.workers
     names = []
-    for pid in before:
-        server.tell(number, pid)
-        wait_for(lambda: pid not in server.workers or number != KILL, "its end")
-        for actor in [each for each in full.actors if each.pid == pid]:
-            if number != KILL:
-                actor.finish()
-            full.actors.remove(actor)
-            full.actors.append(stage.next())
-            names.append(full.actors[-1].name)
+    for actor in list(full.actors):
+        server.tell(number, actor.pid)
+        if number != KILL:
+            actor.finish()
+        full.actors.remove(actor)
+        full.actors.append(stage.next())
+        names.append(full.actors[-1].name)
     while len(names) < 6:
         names.append(full.finish_one().name)
     full.finish_all()
