@@ -228,8 +228,7 @@ def test_a_dry_run_admits_all_and_tells_how_many_would_have_been_refused(start, 
     server = start(config=config(overload_dry_run=True))
     clients, actors = fill(server, stage_of_start, 0)
     clients += [server.connect().ask("/hold/spared") for _ in range(5)]
-    server.wait_numbers(waiting=11)
-    assert server.numbers().spared == 5
+    server.wait_numbers(waiting=11, spared=5)
     line = r"\[WARNING\] Dry run: beyond max_replica_concurrency \(10\), and admitted"
     assert server.wait_log(line)
     empty(clients, actors, stage_of_start, waiting=11)
@@ -241,7 +240,7 @@ def test_a_dry_run_admits_all_and_tells_how_many_would_have_been_refused(start, 
 def test_what_a_dry_run_counts_outlives_the_dispatcher(start, stage_of_start):
     server = start(config=config(5, overload_dry_run=True))
     clients, actors = fill(server, stage_of_start, 0, count=6)
-    assert server.numbers().spared == 1
+    server.wait_numbers(spared=1)
     before = server.dispatcher
     server.tell(signal.SIGKILL, before)
     for actor in actors:
