@@ -572,3 +572,41 @@ def test_an_exempt_request_that_was_not_read_goes_back_to_its_own_queue():
     decisions.died(1, [1], 0.0)
     assert decisions.waits(1)
     assert (len(decisions.waiting), len(decisions.exempt)) == (0, 1)
+
+
+# The deck. More of it: test_decisions_deck_model.py.
+
+
+def with_a_deck(queue_timeout: float | None = None) -> Decisions:
+    """1 x 1: request 1 runs, and 2 lies on the deck."""
+    decisions = replica(1, 1, queue_timeout=queue_timeout)
+    decisions._recall = lambda: {2}
+    arrive(decisions, 1, 2)
+    assert decisions.for_deck() == [2]
+    decisions.on_deck(2)
+    assert decisions.for_deck() == []
+    return decisions
+
+
+def test_a_stop_takes_back_what_lies_on_the_deck_for_it_now_ends_its_connection():
+    decisions = with_a_deck()
+    decisions.stop()
+    assert not decisions.offered
+    assert decisions.for_deck() == [2]
+
+
+def test_what_has_waited_long_enough_on_the_deck_is_taken_back_and_refused():
+    decisions = with_a_deck(queue_timeout=1.0)
+    assert decisions.tick(0.9) == []
+    assert list(decisions.offered) == [2]
+    assert decisions.tick(1.0) == [Refuse(2, Why.WAITED)]
+    assert not (decisions.offered or decisions.taken or decisions.waiting)
+
+
+def test_what_a_slot_took_just_before_its_wait_was_over_is_not_refused():
+    decisions = with_a_deck(queue_timeout=1.0)
+    decisions._recall = tuple
+    assert decisions.tick(1.0) == []
+    assert list(decisions.taken) == [2]
+    assert decisions.done(1, 1, 1.0, took=2) == []
+    assert decisions.runs(1, 2)
