@@ -610,3 +610,21 @@ def test_what_a_slot_took_just_before_its_wait_was_over_is_not_refused():
     assert list(decisions.taken) == [2]
     assert decisions.done(1, 1, 1.0, took=2) == []
     assert decisions.runs(1, 2)
+
+
+def test_no_deck_while_an_exempt_request_waits_that_would_come_first():
+    decisions = with_a_deck()
+    assert decisions.ready(3, 0.0, exempt=True) == []
+    assert not decisions.offered
+    assert decisions.for_deck() == []
+    assert decisions.done(1, 1, 0.0) == [Send(3, 1)]
+
+
+def test_no_deck_beside_a_slot_for_exempt_requests_which_is_to_take_no_other():
+    decisions = Decisions(Rules(1, 2))
+    decisions.ruled(decisions.rules, [1], 0.0)
+    decisions.registered(1, 2, extra=1)
+    for _ in range(3):
+        decisions.freed(1, 0.0)
+    arrive(decisions, 1, 2, 3)
+    assert decisions.for_deck() == []
