@@ -232,8 +232,9 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
     if not rights:
         return data, []
     fds = array.array("i")
-    for _, _, content in rights:
-        fds.frombytes(content)
+    for _, kind, content in rights:
+        if kind == socket.SCM_RIGHTS:  # a process can have the kernel say more: SO_PASSCRED
+            fds.frombytes(content)
     return data, fds.tolist()
 
 
