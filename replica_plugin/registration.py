@@ -122,6 +122,7 @@ class Registration:
         self._dispatcher = fds[0]
         self._poll.register(fds[0], select.POLLIN)
         self._deck = Socket(fileno=fds[1])
+        self._deck.setblocking(True)  # whatever setdefaulttimeout says: a look there never waits
         self._found(channel, self._deck)
 
     def _on_death(self) -> None:
