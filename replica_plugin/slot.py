@@ -100,6 +100,12 @@ class Slot:
         self._work(channel, decode_job(data), fds)
         return True
 
+    def forget(self) -> None:
+        """In a child that the app has forked: what the slot was about to begin is its parent's."""
+        if self._next is not None:
+            (_, fds), self._next = self._next, None
+            close_all(fds)
+
     def _work(self, channel: ProcessEnd, job: Job, fds: list[int]) -> None:
         """One request, from taken to reported."""
         if not fds:

@@ -141,12 +141,12 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._cells = Cells(count)
         self._cells.await_dump()
         self._watch = Watch(count, self._interrupter(), self._wake_attendant)
-        slots = [Slot(self, index, self._cells, self._watch) for index in range(count)]
-        self._working = len(slots)
+        self._slots = [Slot(self, i, self._cells, self._watch) for i in range(count)]
+        self._working = count
         self._nowhere, other = socketpair(socket.SOCK_SEQPACKET)
         other.close()
         os.register_at_fork(after_in_child=self._part_from_parent)
-        self._serve(slots)
+        self._serve(self._slots)
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
@@ -161,6 +161,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             for end in (self._channel.sock, self._channel.deck):
                 os.dup2(self._nowhere.fileno(), end.fileno(), inheritable=False)
         self._control = self._nowhere
+        for slot in self._slots:
+            slot.forget()
 
     # What each mode does in its own way.
 
