@@ -74,6 +74,8 @@ class ClientSocket(Socket):
         room: Callable[[], int],
     ) -> None:
         super().__init__(family, kind, 0, fd)
+        if self.gettimeout() is not None:  # the app has called setdefaulttimeout, for its own
+            self.setblocking(True)
         self.trouble: OSError | None = None
         self.answering = False
         self._finishing = False

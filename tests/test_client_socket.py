@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -32,3 +33,17 @@ def test_nothing_follows_a_write_that_was_interrupted():
         received = b"".join(iter(lambda: theirs.recv(1 << 20), b""))
     assert received.startswith(b"head:x")
     assert set(received[5:]) == {ord("x")}
+
+
+def test_a_timeout_that_the_app_gives_new_sockets_is_not_the_client_s():
+    """gunicorn's own workers take it off, too. O_NONBLOCK would be set for all who hold it."""
+    theirs, ours = socket.socketpair()
+    family, fd = ours.family, ours.detach()
+    socket.setdefaulttimeout(0.01)
+    try:
+        sock = ClientSocket(family, socket.SOCK_STREAM, fd, claim=lambda: True, room=lambda: 0)
+    finally:
+        socket.setdefaulttimeout(None)
+    with theirs, sock:
+        assert sock.gettimeout() is None
+        assert os.get_blocking(sock.fileno())
