@@ -49,7 +49,7 @@ class Cells:
 
     def begin(self, slot: int, request: int) -> None:
         """The slot has taken the request, and has not read from its socket yet."""
-        self._words[slot] = request << 2
+        self._words[slot] = request << 3
 
     def take(self, slot: int) -> None:
         """The slot, done with its request, is about to take another off the deck (deck.py); until
@@ -65,6 +65,14 @@ class Cells:
         self._words[slot] |= 1
         return not self._words[-1]
 
+    def complete(self, slot: int) -> None:
+        """All of the slot's response is there, and its last byte may be written from now on."""
+        self._words[slot] |= 4
+
+    def ending(self) -> int:
+        """How many slots have such a response, and have not reported it."""
+        return sum(word >> 2 & 1 for word in self._words[:-2])
+
     def silence(self) -> None:
         """No slot that has not begun its response may begin one."""
         self._words[-1] = 1
@@ -75,7 +83,7 @@ class Cells:
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 2: bool(word & 1) for word in self._words[:-2] if word}
+        return {word >> 3: bool(word & 1) for word in self._words[:-2] if word}
 
     def turn(self) -> None:
         """The hub turns."""

@@ -57,12 +57,12 @@ class ClientSocket(Socket):
     """`trouble` is the error that this socket raised, if it did; then nothing more is sent.
 
     `answering` says that the response has begun; its head may still be held. `claim` is called
-    before its first byte, and says whether it may be written.
+    before its first byte, and says whether it may be written; `complete` before its last.
     """
 
     __slots__ = (
-        "_claim", "_finishing", "_hasty", "_head", "_left", "_left_size", "_room", "answering",
-        "trouble", "written",
+        "_claim", "_complete", "_finishing", "_hasty", "_head", "_left", "_left_size", "_room",
+        "answering", "trouble", "written",
     )  # fmt: skip
 
     def __init__(
@@ -71,6 +71,7 @@ class ClientSocket(Socket):
         kind: int,
         fd: int,
         claim: Callable[[], bool],
+        complete: Callable[[], None],
         room: Callable[[], int],
     ) -> None:
         super().__init__(family, kind, 0, fd)
@@ -86,6 +87,7 @@ class ClientSocket(Socket):
         self._head = b""  # what is held
         self.written = False
         self._claim = claim
+        self._complete = complete
 
     def read_only_what_is_there(self) -> None:
         """From now on a read that would wait fails."""
@@ -154,7 +156,9 @@ class ClientSocket(Socket):
 
     def finish(self) -> None:
         """From now on all that comes is there already: the app is not asked for anything more."""
-        self._finishing = True
+        if not self._finishing:
+            self._finishing = True
+            self._complete()
 
     def sendfile(self, file: Any, offset: int = 0, count: int | None = None) -> int:
         """As socket.sendfile, which would wait for ever when the kernel's timeout has passed.

@@ -6,8 +6,9 @@ It runs no user code, and joins three parts that do not know each other: clients
 and bytes), decisions (plain values) and processes (channels). Each turn of its loop takes
 first what the master wants, so that a stop comes before requests that came after it; then clients
 that wait no longer, so that they are not run; then what processes say, so that no request is
-refused while a slot is free; then what has come from clients, from new ones last; and, every few
-milliseconds, what is due. At its end it lays on the deck (deck.py) what slots may take.
+refused while a slot is free, and those for which there was a doubt about that (doubts.py); then
+what has come from clients, from new ones last; and, every few milliseconds, what is due. At its
+end it lays on the deck (deck.py) what slots may take.
 
 It reads the master's page when nudged, tells the replica's page at least once a second that
 it lives, and ends when a stop is done. Were it to die at any instant, the supervisor starts
@@ -26,11 +27,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from . import answers
-from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare
+from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
 from .channel import Address, Adopt, Job, Kind, Report, decode_stall
 from .clients import LEFT, Clients
 from .connection import Connection, State
 from .decisions import Decisions
+from .doubts import Doubts
 from .guard import Guard
 from .head import Head
 from .heritage import Heritage
@@ -78,6 +80,7 @@ class Dispatcher:
         self._stopping = Stopping(self._clients, self._decisions, self._processes, self)
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
+        self._doubts = Doubts()
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._nudged = (frame.nudge, select.EPOLLIN)  # as epoll says it
         self._tick_at = 0.0
@@ -103,9 +106,12 @@ class Dispatcher:
         each request, and whatever an event has to start a deadline for is late by a MOMENT.
         """
         pause = 0.0 if self._clients.answered else self._tick_at - time.monotonic()
+        if self._doubts.held:
+            pause = min(pause, self._doubts.due - time.monotonic())
+            self._doubts.ending = self._processes.ending()
         events = self._epoll.poll(max(0.0, pause))
         now = time.monotonic()
-        if events:
+        if events or self._doubts.held:
             self._on_events(events, now)
             self._tick_at = min(self._tick_at, now + MOMENT)
         if self._clients.answered:
@@ -121,13 +127,13 @@ class Dispatcher:
         if self._nudged in events:
             self._on_nudge(now)
         connections, channels = self._clients.connections, self._processes.by_channel
-        arrivals, reports, rare = [], [], []
+        arrivals, reports, others = [], [], []
         for fd, mask in events:
             conn = connections.get(fd)
             if conn is None:
                 link = channels.get(fd)
                 if link is None:
-                    rare.append((fd, mask))
+                    others.append((fd, mask))
                 else:
                     reports.append((link, mask))
             elif mask & LEFT and conn.state == State.WAITING:
@@ -136,16 +142,22 @@ class Dispatcher:
                 arrivals.append((conn, mask))
         for link, mask in reports:
             self._processes.on_channel(link, mask, now)
+        if self._doubts.held:
+            self._judge_again(now)
         for conn, mask in arrivals:
             self._clients.on_event(conn, mask, now)
-        for fd, mask in rare:
-            if fd in self._clients.listeners:
-                self._clients.on_listener(fd, now, min(ACCEPTS, len(events)))
-            else:
-                self._on_rare(fd, mask, now)
+        for fd, mask in others:
+            self._on_other(fd, mask, now, len(events))
 
-    def _on_rare(self, fd: int, mask: int, now: float) -> None:
-        if fd == self._frame.master_pidfd:
+    def _judge_again(self, now: float) -> None:
+        for conn in self._doubts.take_all():
+            if conn.state == State.WAITING:  # it has not left
+                self.on_ready(conn, now)
+
+    def _on_other(self, fd: int, mask: int, now: float, events: int) -> None:
+        if fd in self._clients.listeners:
+            self._clients.on_listener(fd, now, min(ACCEPTS, events))
+        elif fd == self._frame.master_pidfd:
             self._on_master_death(now)
         elif fd in self._guard:
             self._guard.died()
@@ -204,7 +216,7 @@ class Dispatcher:
     def on_gone(self, conn: Connection) -> bool:
         gone = self._decisions.gone(conn.request)
         if gone:
-            del self.requests[conn.request]
+            self.requests.pop(conn.request, None)  # it is not there while it is in doubt
         return gone
 
     def on_answered(self, conn: Connection, answer: answers.Answer, now: float) -> None:
@@ -421,6 +433,8 @@ class Dispatcher:
 
     def _refuse(self, action: Refuse, now: float) -> None:
         conn = self.requests.pop(action.request)
+        if action.why is Why.FULL and self._doubts.hold(conn, now):
+            return
         answer = answers.refusal(
             action.why,
             self._decisions.rules,

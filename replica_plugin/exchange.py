@@ -230,6 +230,7 @@ class Exchange:
 
     def _told(self) -> int:
         """Send the error that gunicorn has written."""
+        self._sock.finish()
         try:
             self._sock.flush()
         except OSError:

@@ -235,6 +235,10 @@ class Processes:
                 self._office.on_report(link, report, now)
         return True
 
+    def ending(self) -> int:
+        """How many slots have written their response, and have not reported it yet."""
+        return sum(link.cells.ending() for link in self.links.values())
+
     def on_nonsense(self, link: Link) -> None:
         """It says what no process of ours says: it ends."""
         self._office.on_nonsense(link)

@@ -68,6 +68,7 @@ class Slot:
         self._log = worker.log
         self._next: Taken | None = None  # what it has taken off the deck, and reported
         self._may_answer = partial(cells.answering, index)  # as the dispatcher has it
+        self._complete = partial(cells.complete, index)
 
     def run(self) -> None:
         """Take requests until the process is dismissed. Never raises, but for SystemExit."""
@@ -119,6 +120,7 @@ class Slot:
             socket.SOCK_STREAM,
             fds[0],
             run.may_write,
+            self._complete,
             self._worker.room_for_rest,
         )
         run.client = sock

@@ -11,6 +11,8 @@ import pytest
 from server import BOTH, IN_BOTH_MODES, Client, Server, empty, wait_for
 from stage import Actor, Stage
 
+from replica_plugin import doubts
+
 pytestmark = IN_BOTH_MODES
 
 PIPELINED = 150
@@ -71,6 +73,21 @@ def test_refusals_have_the_status_that_was_asked_for(start, stage_of_start):
 @pytest.fixture
 def stage_of_start(start):
     return start.stage
+
+
+def test_a_refusal_waits_for_a_slot_whose_answer_is_there_and_which_has_not_reported_yet(
+    start, stage_of_start
+):
+    one = {"processes_per_replica": 1, "max_replica_concurrency": 1}
+    server = start(config=one)
+    first = server.connect().ask("/close/first")
+    actor = stage_of_start.next()
+    assert first.reply().status == 200
+    asked = time.monotonic()
+    assert server.get("/hello").status == 503
+    assert time.monotonic() - asked >= doubts.PATIENCE
+    actor.finish()
+    server.wait_numbers(running=0, waiting=0)
 
 
 def test_a_refusal_names_key_and_value_and_when_to_come_again(replica, stage, which):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -17,11 +18,38 @@ class Interrupted(ClientSocket):
         raise KeyboardInterrupt
 
 
+def client_socket(
+    family: int,
+    fd: int,
+    kind: type[ClientSocket] = ClientSocket,
+    complete: Callable[[], None] = lambda: None,
+) -> ClientSocket:
+    return kind(family, socket.SOCK_STREAM, fd, lambda: True, complete, room=lambda: 0)
+
+
+def test_that_a_response_is_complete_is_said_once_and_before_its_last_byte():
+    theirs, ours = socket.socketpair()
+    theirs.setblocking(False)
+    said = []
+
+    def complete() -> None:
+        with pytest.raises(BlockingIOError):
+            theirs.recv(1)
+        said.append(True)
+
+    sock = client_socket(ours.family, ours.detach(), complete=complete)
+    with theirs, sock:
+        sock.sendall(b"head:")
+        sock.finish()
+        sock.sendall(b"body")
+        sock.finish()
+        assert theirs.recv(100) == b"head:body"
+    assert said == [True]
+
+
 def test_nothing_follows_a_write_that_was_interrupted():
     theirs, ours = socket.socketpair()
-    sock = Interrupted(
-        ours.family, socket.SOCK_STREAM, ours.detach(), claim=lambda: True, room=lambda: 0
-    )
+    sock = client_socket(ours.family, ours.detach(), Interrupted)
     with theirs, sock:
         sock.sendall(b"head:")
         with pytest.raises(KeyboardInterrupt):
@@ -41,7 +69,7 @@ def test_a_timeout_that_the_app_gives_new_sockets_is_not_the_client_s():
     family, fd = ours.family, ours.detach()
     socket.setdefaulttimeout(0.01)
     try:
-        sock = ClientSocket(family, socket.SOCK_STREAM, fd, claim=lambda: True, room=lambda: 0)
+        sock = client_socket(family, fd)
     finally:
         socket.setdefaulttimeout(None)
     with theirs, sock:

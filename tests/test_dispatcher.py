@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 from stage import PATIENCE
 
-from replica_plugin import channel
+from replica_plugin import channel, doubts
 from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Job, Kind, Report
 from replica_plugin.decisions import Rules
@@ -168,9 +168,6 @@ def test_the_page_says_ready_as_soon_as_readyz_does(replica):
     assert replica.page.read().was_ready
 
 
-# The deck.
-
-
 @pytest.fixture
 def full(replica) -> tuple[Replica, Job, socket.socket]:
     """A replica whose slot is busy, with what, and a client that waits."""
@@ -182,6 +179,88 @@ def full(replica) -> tuple[Replica, Job, socket.socket]:
     assert job is not None
     first.close()
     return replica, job, second
+
+
+def is_unanswered(client: socket.socket) -> bool:
+    client.setblocking(False)
+    try:
+        client.recv(1, socket.MSG_PEEK)
+    except BlockingIOError:
+        return True
+    return False
+
+
+# Whether it was full.
+
+
+@pytest.fixture
+def asked(full) -> tuple[Replica, Job, socket.socket]:
+    """A replica with as many in flight as may be, and one that has just asked in vain."""
+    replica, job, _ = full
+    third = replica.client()
+    ask(third)
+    replica.dispatcher.turn()
+    assert is_unanswered(third)
+    return replica, job, third
+
+
+def test_what_is_reported_before_a_request_comes_is_heard_before_it_is_refused(asked):
+    replica, job, third = asked
+    replica.done(job)
+    replica.turn()
+    replica.done(replica.job())
+    replica.turn()
+    assert address(replica.job()) == third.getsockname()
+
+
+def test_a_request_is_refused_in_the_next_turn_when_no_slot_is_about_to_report(asked):
+    replica, _, third = asked
+    replica.dispatcher.turn()
+    assert third.recv(12) == b"HTTP/1.1 503"
+    assert not replica.dispatcher._doubts.held
+
+
+def test_one_request_for_each_slot_that_is_about_to_report_is_not_refused_yet(asked, monkeypatch):
+    monkeypatch.setattr(doubts, "PATIENCE", PATIENCE)
+    replica, job, third = asked
+    replica.cells.begin(0, job.request)
+    replica.cells.complete(0)
+    fourth = replica.client()
+    ask(fourth)
+    replica.turn()
+    assert is_unanswered(third)
+    assert fourth.recv(12) == b"HTTP/1.1 503"
+    replica.done(job)
+    replica.turn()
+    replica.cells.end(0)
+    replica.done(replica.job())
+    replica.turn()
+    assert address(replica.job()) == third.getsockname()
+
+
+def test_a_slot_that_is_about_to_report_for_long_is_not_waited_for(asked, monkeypatch):
+    monkeypatch.setattr(doubts, "PATIENCE", 0.0)
+    replica, job, third = asked
+    replica.cells.begin(0, job.request)
+    replica.cells.complete(0)
+    replica.turn()
+    assert third.recv(12) == b"HTTP/1.1 503"
+
+
+def test_a_client_in_doubt_may_leave(asked, monkeypatch):
+    monkeypatch.setattr(doubts, "PATIENCE", PATIENCE)
+    replica, job, third = asked
+    replica.cells.begin(0, job.request)
+    replica.cells.complete(0)
+    replica.turn()
+    known = len(replica.dispatcher._clients.connections)
+    third.close()
+    replica.turn()
+    assert len(replica.dispatcher._clients.connections) == known - 1
+    assert not replica.dispatcher._doubts.held
+
+
+# The deck.
 
 
 def test_what_waits_lies_on_the_deck_while_all_slots_are_busy(full):

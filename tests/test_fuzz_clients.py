@@ -98,7 +98,12 @@ class Slot:
         job = Job(1, conn.number, client, "", conn.ahead, conn.carry, False, 0.0, math.inf)
         run = _Run()
         sock = ClientSocket(
-            conn.sock.family, socket.SOCK_STREAM, os.dup(conn.fd), lambda: True, lambda: 0
+            conn.sock.family,
+            socket.SOCK_STREAM,
+            os.dup(conn.fd),
+            claim=lambda: True,
+            complete=lambda: None,
+            room=lambda: 0,
         )
         with sock:
             return Exchange(self, job, sock, run).run()

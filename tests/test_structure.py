@@ -21,10 +21,10 @@ KNOW_GUNICORN = {
 }  # fmt: skip
 DISPATCHER = {
     "actions", "answers", "arrival", "arriving", "cells", "channel", "chunks", "clients",
-    "connection", "deadlines", "decisions", "deck", "dispatcher", "endings", "guard", "head",
-    "heritage", "journal", "listeners", "machine", "overtime", "pages", "process", "processes",
-    "rate", "ready_file", "request_queue", "rest", "roster", "rules", "stopping", "supervisor",
-    "unpatched",
+    "connection", "deadlines", "decisions", "deck", "dispatcher", "doubts", "endings", "guard",
+    "head", "heritage", "journal", "listeners", "machine", "overtime", "pages", "process",
+    "processes", "rate", "ready_file", "request_queue", "rest", "roster", "rules", "stopping",
+    "supervisor", "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 
