@@ -25,8 +25,8 @@ class Cells:
 
     A cell is one aligned 64-bit word, so a process that dies leaves each either old or new. Two
     more words follow: in gevent mode the process says in one when its hub turned last; in the
-    other one the dispatcher says that it answers in place of all slots. Behind them is what the
-    process has written at DUMP.
+    other one the dispatcher says that it answers in place of all slots. Then comes a byte for each
+    slot: whether its response is complete. Behind them is what the process has written at DUMP.
 
     A response has one writer. Its process says that it answers, then looks whether it still may;
     the dispatcher takes that right away, and looks who answers already in a later turn. So at most
@@ -37,10 +37,11 @@ class Cells:
         """Raises OSError or ValueError for a descriptor of another process that is no page."""
         if fd is not None and not keeps_its_size(fd):
             raise ValueError("no memory that keeps its size")
-        self._size = self._stacks_at = (slots + 2) * 8
+        self._complete_at = (slots + 2) * 8
+        self._size = self._stacks_at = self._complete_at + slots
         self.fd = create("cells", self._size) if fd is None else fd
         self._memory = mmap.mmap(self.fd, self._size)
-        self._words = memoryview(self._memory).cast("Q")
+        self._words = memoryview(self._memory)[: self._complete_at].cast("Q")
 
     def close(self) -> None:
         """Give the memory back; the descriptor is its owner's to close."""
@@ -49,7 +50,7 @@ class Cells:
 
     def begin(self, slot: int, request: int) -> None:
         """The slot has taken the request, and has not read from its socket yet."""
-        self._words[slot] = request << 3
+        self._words[slot] = request << 2
 
     def take(self, slot: int) -> None:
         """The slot, done with its request, is about to take another off the deck (deck.py); until
@@ -67,11 +68,11 @@ class Cells:
 
     def complete(self, slot: int) -> None:
         """All of the slot's response is there, and its last byte may be written from now on."""
-        self._words[slot] |= 4
+        self._memory[self._complete_at + slot] = 1
 
     def ending(self) -> int:
         """How many slots have such a response, and have not reported it."""
-        return sum(word >> 2 & 1 for word in self._words[:-2])
+        return self._memory[self._complete_at : self._size].count(1)
 
     def silence(self) -> None:
         """No slot that has not begun its response may begin one."""
@@ -80,10 +81,11 @@ class Cells:
     def end(self, slot: int) -> None:
         """The slot has reported the request, and has none."""
         self._words[slot] = 0
+        self._memory[self._complete_at + slot] = 0
 
     def begun(self) -> dict[int, bool]:
         """Request number to whether its response may have begun, for every busy slot."""
-        return {word >> 3: bool(word & 1) for word in self._words[:-2] if word}
+        return {word >> 2: bool(word & 1) for word in self._words[:-2] if word}
 
     def turn(self) -> None:
         """The hub turns."""

@@ -224,7 +224,8 @@ class Clients:
     def _reply(self, conn: Connection, answer: Answer, now: float) -> None:
         head = conn.head or Head(0)
         ended = self._has_ended(conn, head)
-        keep = ended and self._keeps(conn, head)
+        alive = ended and head.keeps_alive
+        keep = alive and self._keeps(conn)
         try:
             if ended:
                 self._arriving.take(conn, head.size)
@@ -233,7 +234,7 @@ class Clients:
         except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
             self.close(conn)
             return
-        is_last = ended and not (head.keeps_alive or conn.touched)  # nothing unread, and no more
+        is_last = ended and not (alive or conn.touched)  # nothing unread, and no more
         if not whole or is_last:
             self.close(conn)
             return
@@ -251,11 +252,9 @@ class Clients:
             return False
         return not (self._serving.limits.proxy and conn.number == 1)
 
-    def _keeps(self, conn: Connection, head: Head) -> bool:
-        """Whether the connection goes on after a request that has ended."""
-        if self._stopping or conn.hung_up or not self._serving.keepalive:
-            return False
-        return head.keeps_alive
+    def _keeps(self, conn: Connection) -> bool:
+        """Whether the connection goes on, if its client wants it to."""
+        return bool(self._serving.keepalive) and not (self._stopping or conn.hung_up)
 
     def follow_up(self, now: float) -> None:
         """See what follows on connections on which an answer was given here.

@@ -80,7 +80,7 @@ class Dispatcher:
         self._stopping = Stopping(self._clients, self._decisions, self._processes, self)
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
-        self._doubts = Doubts()
+        self._doubts = Doubts(self._processes)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._nudged = (frame.nudge, select.EPOLLIN)  # as epoll says it
         self._tick_at = 0.0
@@ -106,9 +106,6 @@ class Dispatcher:
         each request, and whatever an event has to start a deadline for is late by a MOMENT.
         """
         pause = 0.0 if self._clients.answered else self._tick_at - time.monotonic()
-        if self._doubts.held:
-            pause = min(pause, self._doubts.due - time.monotonic())
-            self._doubts.ending = self._processes.ending()
         events = self._epoll.poll(max(0.0, pause))
         now = time.monotonic()
         if events or self._doubts.held:
@@ -118,7 +115,7 @@ class Dispatcher:
             self._clients.follow_up(now)
         if self._tick_at <= now:
             self._tick(now)
-            turn = MOMENT if self._decisions.taken else TURN
+            turn = MOMENT if self._decisions.taken or self._doubts.held else TURN
             self._tick_at = min(now + turn, self._next_deadline())
         if self._decisions.waiting:
             self._fill_deck()

@@ -1,48 +1,53 @@
 """Requests that found the replica full: refused when it is sure that it was.
 
-    ready -> full -> [ doubts ] -> judged again, in the next turn at first -> admitted, or refused
+    ready -> full -> [ doubts ] -> judged again in the next turn -> admitted, or refused
 
 A client that has all of its answer may ask again, on another connection, before the slot has
-reported, or before we have heard that. What it asks then is not one too many.
+reported, or before we have heard that. What it asks then is not one too many. So there is doubt
 
-1. Whatever was reported before a request came has been heard when that is judged again: each turn
-   hears reports before it judges.
-2. While slots have written their responses and not reported yet (`Cells.complete`), as many
-   requests as there are such slots stay in doubt, each for PATIENCE at most: what the app does when
-   its response is closed may take long.
+1. while slots have written their responses and not reported yet (`Cells.complete`): about as many
+   requests as there are such slots;
+2. while processes have said something that has not been heard: about as many as there are slots;
+
+and about none for longer than PATIENCE: what the app does when its response is closed may take
+long. A slot reports before it says that it has: so 1 is looked at before 2, and misses nothing.
 """
 
 from __future__ import annotations
 
-import math
+from typing import Protocol
 
 from .connection import Connection
 
 PATIENCE = 0.05  # seconds
-_MOMENT = 0.005
+
+
+class Slots(Protocol):
+    """What is asked of the processes' side."""
+
+    slots: int
+
+    def ending(self) -> int: ...
+    def have_spoken(self) -> bool: ...
 
 
 class Doubts:
-    """Connections whose request is to be judged again. `ending` is how many slots are about to
-    report, as of the last time somebody looked; before what they have said since was heard."""
+    """Connections whose request is to be judged again, in their order."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: Slots) -> None:
         self.held: list[Connection] = []
-        self.ending = 0
-        self.due = math.inf  # when they are judged again at the latest
+        self._slots = slots
 
     def hold(self, conn: Connection, now: float) -> bool:
         """A request has found the replica full; False if there is no doubt."""
-        if conn.ready_at == now:  # it comes in this turn
-            self.due = now
-        elif len(self.held) < self.ending and now < conn.ready_at + PATIENCE:
-            self.due = min(self.due, now + _MOMENT)
-        else:
+        ending = self._slots.ending()
+        most = self._slots.slots if self._slots.have_spoken() else ending
+        if len(self.held) >= most or now >= conn.ready_at + PATIENCE:
             return False
         self.held.append(conn)
         return True
 
     def take_all(self) -> list[Connection]:
-        """Those to judge again now, in their order; some may have left meanwhile."""
-        held, self.held, self.due = self.held, [], math.inf
+        """Those to judge again now; some may have left meanwhile."""
+        held, self.held = self.held, []
         return held

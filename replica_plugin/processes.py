@@ -96,6 +96,7 @@ class Processes:
         self._by_pidfd: dict[int, Link] = {}
         self._own_pidfd = os.pidfd_open(os.getpid())
         self.deck = Deck()
+        self._channels = select.epoll()  # all of them, for `have_spoken`
         epoll.register(control.fileno(), select.EPOLLIN)
 
     def on_event(self, fd: int, mask: int, now: float) -> None:
@@ -189,6 +190,7 @@ class Processes:
         self.slots += link.slots
         self.by_channel[link.channel.fileno()] = link
         self._by_pidfd[link.pidfd] = link
+        self._channels.register(link.channel.fileno(), select.EPOLLIN)
         self._epoll.register(link.channel.fileno(), select.EPOLLIN)
         self._epoll.register(link.pidfd, select.EPOLLIN)
 
@@ -239,6 +241,10 @@ class Processes:
         """How many slots have written their response, and have not reported it yet."""
         return sum(link.cells.ending() for link in self.links.values())
 
+    def have_spoken(self) -> bool:
+        """Whether something lies on a channel."""
+        return bool(self._channels.poll(0, 1))
+
     def on_nonsense(self, link: Link) -> None:
         """It says what no process of ours says: it ends."""
         self._office.on_nonsense(link)
@@ -260,6 +266,7 @@ class Processes:
         if link.open:
             link.open = False
             del self.by_channel[link.channel.fileno()]
+            self._channels.unregister(link.channel.fileno())
             self._epoll.unregister(link.channel.fileno())
 
     def _release(self, link: Link) -> None:

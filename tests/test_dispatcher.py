@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import os
+import select
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from stage import PATIENCE
@@ -193,66 +195,85 @@ def is_unanswered(client: socket.socket) -> bool:
 # Whether it was full.
 
 
-@pytest.fixture
-def asked(full) -> tuple[Replica, Job, socket.socket]:
-    """A replica with as many in flight as may be, and one that has just asked in vain."""
+class Late:
+    """An epoll after which, once, something happens that it has not told."""
+
+    def __init__(self, epoll: select.epoll, happens: Callable[[], None]) -> None:
+        self._epoll = epoll
+        self._happens: Callable[[], None] | None = happens
+
+    def poll(self, seconds: float) -> list[tuple[int, int]]:
+        events = self._epoll.poll(seconds)
+        if self._happens is not None:
+            self._happens()
+            self._happens = None
+        return events
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._epoll, name)
+
+
+def test_what_is_reported_while_a_request_is_judged_is_heard_before_it_is_refused(full):
     replica, job, _ = full
     third = replica.client()
     ask(third)
-    replica.dispatcher.turn()
-    assert is_unanswered(third)
-    return replica, job, third
-
-
-def test_what_is_reported_before_a_request_comes_is_heard_before_it_is_refused(asked):
-    replica, job, third = asked
-    replica.done(job)
+    dispatcher = replica.dispatcher
+    dispatcher._epoll = Late(dispatcher._epoll, lambda: replica.done(job))
     replica.turn()
     replica.done(replica.job())
     replica.turn()
     assert address(replica.job()) == third.getsockname()
 
 
-def test_a_request_is_refused_in_the_next_turn_when_no_slot_is_about_to_report(asked):
-    replica, _, third = asked
+def test_a_request_is_refused_at_once_when_no_slot_is_about_to_report(full):
+    replica, _, _ = full
+    third = replica.client()
+    ask(third)
     replica.dispatcher.turn()
     assert third.recv(12) == b"HTTP/1.1 503"
     assert not replica.dispatcher._doubts.held
 
 
-def test_one_request_for_each_slot_that_is_about_to_report_is_not_refused_yet(asked, monkeypatch):
+@pytest.fixture
+def ending(full, monkeypatch) -> tuple[Replica, Job, socket.socket]:
+    """A full replica whose slot is about to report, and a client that asks."""
     monkeypatch.setattr(doubts, "PATIENCE", PATIENCE)
-    replica, job, third = asked
+    replica, job, _ = full
     replica.cells.begin(0, job.request)
     replica.cells.complete(0)
+    third = replica.client()
+    ask(third)
+    replica.turn()
+    return replica, job, third
+
+
+def test_one_request_for_each_slot_that_is_about_to_report_is_not_refused_yet(ending):
+    replica, job, third = ending
     fourth = replica.client()
     ask(fourth)
     replica.turn()
     assert is_unanswered(third)
     assert fourth.recv(12) == b"HTTP/1.1 503"
     replica.done(job)
-    replica.turn()
     replica.cells.end(0)
+    replica.turn()
     replica.done(replica.job())
     replica.turn()
     assert address(replica.job()) == third.getsockname()
 
 
-def test_a_slot_that_is_about_to_report_for_long_is_not_waited_for(asked, monkeypatch):
+def test_a_slot_that_is_about_to_report_for_long_is_not_waited_for(ending, monkeypatch):
+    replica, _, third = ending
+    assert is_unanswered(third)
+    third.setblocking(True)
     monkeypatch.setattr(doubts, "PATIENCE", 0.0)
-    replica, job, third = asked
-    replica.cells.begin(0, job.request)
-    replica.cells.complete(0)
     replica.turn()
     assert third.recv(12) == b"HTTP/1.1 503"
+    assert not replica.dispatcher._doubts.held
 
 
-def test_a_client_in_doubt_may_leave(asked, monkeypatch):
-    monkeypatch.setattr(doubts, "PATIENCE", PATIENCE)
-    replica, job, third = asked
-    replica.cells.begin(0, job.request)
-    replica.cells.complete(0)
-    replica.turn()
+def test_a_client_in_doubt_may_leave(ending):
+    replica, _, third = ending
     known = len(replica.dispatcher._clients.connections)
     third.close()
     replica.turn()

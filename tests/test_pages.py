@@ -272,16 +272,16 @@ def test_a_cell_says_which_request_its_slot_has_and_whether_the_response_may_hav
     other = Cells(3, cells.fd)
     assert other.begun() == {}
     cells.begin(0, 7)
-    cells.begin(2, 2**60)
-    assert other.begun() == {7: False, 2**60: False}
+    cells.begin(2, 2**61)
+    assert other.begun() == {7: False, 2**61: False}
     cells.answering(2)
-    assert other.begun() == {7: False, 2**60: True}
+    assert other.begun() == {7: False, 2**61: True}
     cells.end(0)
-    assert other.begun() == {2**60: True}
+    assert other.begun() == {2**61: True}
     assert other.ending() == 0
     cells.complete(2)
     assert other.ending() == 1
-    assert other.begun() == {2**60: True}
+    assert other.begun() == {2**61: True}
     cells.end(2)
     assert other.ending() == 0
     cells.begin(2, 8)
