@@ -119,13 +119,17 @@ class GreenEnd(ProcessEnd):
         return self._arrived.popleft() if self._arrived else END
 
     def tell(self, message: bytes, *fds: int) -> None:
-        """Tell the dispatcher; the greenlet waits for room if there is none. Raises OSError."""
+        """Tell the dispatcher; the greenlet waits for room if there is none. Raises OSError.
+
+        Nothing else ends the wait.
+        """
         while True:
             try:
                 self._send(message, fds, _TELL)
                 return
             except BlockingIOError:
-                gevent.socket.wait_write(self.sock.fileno())
+                with suppress(BaseException):  # a timeout that the request has left behind, say
+                    gevent.socket.wait_write(self.sock.fileno())
 
     def _on_readable(self) -> None:
         """Called by the hub, which may not wait."""

@@ -149,6 +149,43 @@ def test_a_timeout_that_a_request_left_running_costs_no_slot(start):
     assert server.get("/").status == 200
 
 
+CROWDED = """
+import gc, gevent, os, socket
+import served_app
+from replica_plugin.channel import TURNING
+from replica_plugin.gevent_worker import GeventWorker
+
+def throw(greenlet):
+    os.write(2, b"thrown\\n")
+    greenlet.throw(gevent.Timeout)
+
+def application(environ, start_response):
+    if environ["PATH_INFO"].startswith("/hold"):
+        worker = next(each for each in gc.get_objects() if type(each) is GeventWorker)
+        body = served_app.application(environ, start_response)
+        try:
+            while True:
+                worker._channel.sock.send(TURNING, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            gevent.spawn_later(0.05, throw, gevent.getcurrent())
+        return body
+    return served_app.application(environ, start_response)
+"""
+
+
+def test_a_timeout_that_comes_while_a_slot_waits_to_report_costs_no_slot(start, stage):
+    config = {**ONE, "threads_per_process": 1}
+    server = start(config=config, app="crowded:application", files={"crowded.py": CROWDED})
+    client = server.connect().ask("/hold/x")
+    actor = stage.next()
+    server.tell(signal.SIGSTOP, server.dispatcher)
+    actor.finish()
+    server.wait_log("thrown")
+    server.tell(signal.SIGCONT, server.dispatcher)
+    assert client.reply().status == 200
+    assert server.get("/hello").status == 200
+
+
 def test_a_killed_greenlet_costs_its_request_and_no_slot(start, stage):
     killer = "import gevent\n\ndef application(environ, start_response):\n"
     killer += "    if environ['PATH_INFO'] == '/kill':\n        gevent.getcurrent().kill()\n"
