@@ -14,10 +14,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -44,7 +44,8 @@ REQUEST = b"GET / HTTP/1.1\r\nHost: 127.0.0.1:8000\r\n\r\n"
 CLOSING = REQUEST.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n")
 WARM = 50
 LOOK = 20e-6  # seconds that pass under valgrind, whenever somebody looks at the clock
-COUNTED = (50, 250)  # requests of the two runs of which the difference is counted
+COUNTED = 200  # requests
+MARK = os.getloadavg  # valgrind writes down what it has counted when this is called
 TURNS = 10  # in which the dispatcher must have done what it is to do
 QUIET = {"loglevel": "error"}
 
@@ -151,18 +152,14 @@ def figures() -> dict[str, dict[str, float]]:
 
 def count(kind: str) -> float:
     """Instructions per request, as valgrind counts them."""
-    fewer, more = COUNTED
-    with ThreadPoolExecutor(2) as pool:
-        few, many = pool.map(lambda requests: _counted(kind, requests), COUNTED)
-    return (many - few) / (more - fewer)
-
-
-def _counted(kind: str, requests: int) -> int:
-    tool = ("valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null")
-    said = _run(kind, requests, *tool).stderr
-    found = re.search(r"Collected : (\d+)", said)
-    assert found, said
-    return int(found[1])
+    with tempfile.TemporaryDirectory() as folder:
+        counts = Path(folder, "counts")
+        tool = ("--tool=callgrind", f"--dump-before={MARK.__name__}")
+        _run(kind, COUNTED, "valgrind", *tool, f"--callgrind-out-file={counts}")
+        between = counts.with_suffix(".2").read_text()
+    found = re.search(r"^totals: (\d+)", between, re.MULTILINE)
+    assert found, between
+    return int(found[1]) / COUNTED
 
 
 def _run(kind: str, requests: int, *before: str) -> subprocess.CompletedProcess[str]:
@@ -189,10 +186,13 @@ def main(kind: str, requests: int) -> None:
     serve = KINDS[kind]()
     for number in range(1, WARM):
         serve(number)
+    MARK()
     begin = time.process_time()
     for number in range(WARM, WARM + requests):
         serve(number)
-    print((time.process_time() - begin) / requests * 1e6)
+    taken = time.process_time() - begin
+    MARK()
+    print(taken / requests * 1e6)
 
 
 if __name__ == "__main__":
