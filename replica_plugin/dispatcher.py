@@ -103,7 +103,8 @@ class Dispatcher:
         """Wait for what happens, and see to it; and, MOMENT later at most, to what is due.
 
         So what there is to do by the clock, deadlines, numbers, ready file, costs nothing for
-        each request, and whatever an event has to start a deadline for is late by a MOMENT.
+        each request, and whatever an event has to start a deadline for is late by a MOMENT. What
+        follows an answer of ours (`follow_up`) is such an event, of which epoll says nothing.
         """
         pause = 0.0 if self._clients.answered else self._tick_at - time.monotonic()
         events = self._epoll.poll(max(0.0, pause))
@@ -113,6 +114,7 @@ class Dispatcher:
             self._tick_at = min(self._tick_at, now + MOMENT)
         if self._clients.answered:
             self._clients.follow_up(now)
+            self._tick_at = min(self._tick_at, now + MOMENT)
         if self._tick_at <= now:
             self._tick(now)
             turn = MOMENT if self._decisions.taken or self._doubts.held else TURN

@@ -210,7 +210,7 @@ class GeventWorker(ReplicaWorker):
         channel = self._channel
         if not isinstance(channel, GreenEnd):
             return
-        with suppress(OSError):  # the dispatcher died
+        with suppress(OSError):  # the dispatcher died; or there is no room, and a look again soon
             self._explain(channel, stood)
             channel.give_back(self._in_hub)
 
@@ -221,10 +221,10 @@ class GeventWorker(ReplicaWorker):
         request, place = _culprit(sys._current_frames().get(self._main))
         if place is None:
             return
-        self._explained = True
         share = (time.process_time() - self._cpu_at_turn) / stood
         stall = Stall(share, place).encode()
-        channel.tell(Report(Kind.STALLED, request, carry=stall).encode())
+        channel.sock.send(Report(Kind.STALLED, request, carry=stall).encode(), _TELL)
+        self._explained = True
 
 
 def _culprit(frame: FrameType | None) -> tuple[int, str | None]:

@@ -21,7 +21,7 @@ from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Job, Kind, Report
 from replica_plugin.decisions import Rules
 from replica_plugin.deck import take
-from replica_plugin.dispatcher import Dispatcher, Frame
+from replica_plugin.dispatcher import MOMENT, Dispatcher, Frame
 from replica_plugin.journal import Journal
 from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
 from replica_plugin.rules import Privileges, Serving, Wishes
@@ -384,3 +384,19 @@ def test_a_deck_that_a_process_has_shut_is_done_without(full):
     replica.turn()
     assert list(replica.dispatcher._decisions.waiting)
     assert not replica.dispatcher._decisions.offered
+
+
+def test_what_follows_an_answer_of_the_dispatchers_is_timed_soon(replica):
+    """A request that is seen then may have a deadline at once, and no event of its own."""
+    wishes = replica.dispatcher._wishes
+    probes = replace(wishes.serving, probes=(b"/-/healthz",))
+    replica.dispatcher._obey(replace(wishes, serving=probes), time.monotonic())
+    with replica.client() as client:
+        probe = b"GET /-/healthz HTTP/1.1\r\nHost: a\r\n\r\n"
+        client.send(probe * 2 + b"GET / HTTP/1.1\r\nHost: a\r\n\r\n")
+        replica.dispatcher.turn()  # sees to the event: the first answer, and the second
+        assert replica.dispatcher._clients.answered
+        replica.dispatcher._tick_at = time.monotonic() + PATIENCE  # a tick has just been
+        replica.dispatcher.turn()
+        assert replica.job() is not None
+        assert replica.dispatcher._tick_at <= time.monotonic() + MOMENT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from replica_plugin import early
 
 GEVENT = {"mode": "gevent", "processes_per_replica": 2, "threads_per_process": 2}
 ONE = {**GEVENT, "processes_per_replica": 1}
+STALL_SEEN = 2.0  # seconds
 STALL = r"The hub of process (\d+) does not turn"
 
 
@@ -184,6 +186,45 @@ def test_a_timeout_that_comes_while_a_slot_waits_to_report_costs_no_slot(start, 
     server.tell(signal.SIGCONT, server.dispatcher)
     assert client.reply().status == 200
     assert server.get("/hello").status == 200
+
+
+FROZEN = """
+import gc, socket
+import served_app
+from replica_plugin.channel import TURNING
+from replica_plugin.gevent_worker import GeventWorker
+
+def application(environ, start_response):
+    if environ["PATH_INFO"] != "/hold/x":
+        return served_app.application(environ, start_response)
+    worker = next(each for each in gc.get_objects() if type(each) is GeventWorker)
+    served_app.application(environ, lambda *arguments: None)
+    try:
+        while True:
+            worker._channel.sock.send(TURNING, socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return served_app.application({**environ, "PATH_INFO": "/freeze/y"}, start_response)
+"""
+
+
+def test_the_attendant_does_not_wait_for_room_to_say_that_the_hub_stands_still(start, stage):
+    server = start(config=ONE, app="frozen:application", files={"frozen.py": FROZEN})
+    (worker,) = server.workers
+    client = server.connect().ask("/hold/x")
+    actor = stage.next()
+    server.tell(signal.SIGSTOP, server.dispatcher)
+    actor.finish()
+    frozen = stage.next()
+    until = time.monotonic() + STALL_SEEN
+    wait_for(
+        lambda: time.monotonic() > until, "a look of the attendant's at a hub that has stalled"
+    )
+    server.tell(signal.SIGCONT, server.dispatcher)
+    server.wait_log(STALL)
+    frozen.finish()
+    assert client.reply().status == 200
+    kinds = [os.readlink(each) for each in Path(f"/proc/{worker}/fd").iterdir()]
+    assert kinds.count("anon_inode:[eventpoll]") == 1  # to wait it would have made a hub
 
 
 def test_a_killed_greenlet_costs_its_request_and_no_slot(start, stage):
