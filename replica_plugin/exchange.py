@@ -239,9 +239,11 @@ class Exchange:
 
 
 def _completes(part: Any, response: Any) -> bool:
-    """Whether this part of the body is the last, as its Content-Length says."""
+    """Whether the client has all of its answer with this part of the body."""
     length = response.response_length
-    return length is not None and type(part) is bytes and response.sent + len(part) >= length
+    if length is not None and isinstance(part, bytes) and response.sent + len(part) >= length:
+        return True
+    return response.req.method == "HEAD" or response.status_code in (204, 304)  # head is all
 
 
 class _CutShortError(Exception):
