@@ -243,7 +243,8 @@ def _completes(part: Any, response: Any) -> bool:
     length = response.response_length
     if length is not None and isinstance(part, bytes) and response.sent + len(part) >= length:
         return True
-    return response.req.method == "HEAD" or response.status_code in (204, 304)  # head is all
+    status = getattr(response, "status_code", None)  # an app may have given none
+    return response.req.method == "HEAD" or status in (204, 304)  # the head is all
 
 
 class _CutShortError(Exception):
