@@ -7,7 +7,8 @@ reported, or before we have heard that. What it asks then is not one too many. S
 
 1. while slots have written their responses and not reported yet (`Cells.complete`): about as many
    requests as there are such slots;
-2. while processes have said something that has not been heard: about as many as there are slots;
+2. while processes have said something that has not been heard: about as many as they can have
+   ended by themselves, what slots had and what lay on the deck (deck.py);
 
 and about none for longer than PATIENCE: what the app does when its response is closed may take
 long. A slot reports before it says that it has: so 1 is looked at before 2, and misses nothing.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from .connection import Connection
+from .decisions import DECK
 
 PATIENCE = 0.05  # seconds
 
@@ -41,7 +43,7 @@ class Doubts:
     def hold(self, conn: Connection, now: float) -> bool:
         """A request has found the replica full; False if there is no doubt."""
         ending = self._slots.ending()
-        most = self._slots.slots if self._slots.have_spoken() else ending
+        most = self._slots.slots + DECK if self._slots.have_spoken() else ending
         if len(self.held) >= most or now >= conn.ready_at + PATIENCE:
             return False
         self.held.append(conn)

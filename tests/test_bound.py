@@ -75,14 +75,16 @@ def stage_of_start(start):
     return start.stage
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", "/close/first"), ("HEAD", "/begun/first")])
 def test_a_refusal_waits_for_a_slot_whose_answer_is_there_and_which_has_not_reported_yet(
-    start, stage_of_start
+    start, stage_of_start, method, path
 ):
+    """The answer to a HEAD is there when its head is, whatever the app still makes of a body."""
     one = {"processes_per_replica": 1, "max_replica_concurrency": 1}
     server = start(config=one)
-    first = server.connect().ask("/close/first")
+    first = server.connect().ask(path, method)
     actor = stage_of_start.next()
-    assert first.reply().status == 200
+    assert first.reply(method).status == 200
     asked = time.monotonic()
     assert server.get("/hello").status == 503
     assert time.monotonic() - asked >= doubts.PATIENCE

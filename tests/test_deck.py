@@ -67,6 +67,23 @@ def test_slots_take_in_the_queue_s_order_without_the_dispatcher(start, stage):
     assert server.dispatcher == full.dispatcher
 
 
+def test_nobody_is_refused_because_of_what_slots_took_and_ended_unheard(start, stage):
+    server = start(config={**ONE, "max_replica_concurrency": 6})
+    full = Full(server, stage, 1, 5)
+    server.tell(STOP, full.dispatcher)
+    assert [full.finish_one().name for _ in range(4)] == ["0", "1", "2", "3"]
+    full.actors.pop(0).finish()
+    answered = full.running + full.waiting[:4]
+    assert [client.reply().status for client in answered] == [200] * 5
+    again = [server.connect().ask("/hold/again") for _ in range(5)]
+    server.tell(CONTINUE, full.dispatcher)
+    full.actors.append(stage.next())
+    server.wait_numbers(running=1, waiting=5)
+    assert [full.finish_one().name for _ in range(5)] == ["again"] * 5
+    full.finish_all()
+    assert [client.reply().status for client in full.waiting[4:] + again] == [200] * 6
+
+
 def test_what_lies_on_the_deck_ends_with_its_dispatcher(start, stage):
     server = start(config=PAIR)
     full = Full(server, stage, 2, 6)
