@@ -24,11 +24,13 @@ receives with MSG_DONTWAIT, since O_NONBLOCK would be shared with every copy of 
 from __future__ import annotations
 
 import array
+import errno
 import json
 import marshal
 import os
 import socket
 import struct
+import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from .rest import Rest
 from .unpatched import socketpair
 
 VERSION = 2
+PAUSE = 0.01  # seconds until the next attempt while the kernel has no memory for a message
 LARGEST = 1 << 16
 """Bytes of the largest message; a connection with more read ahead than fits is closed."""
 
@@ -250,6 +253,7 @@ class ProcessEnd:
     """
 
     may_take = True
+    _flags = _NOSIGNAL
 
     def __init__(self, sock: socket.socket, deck: socket.socket) -> None:
         self.sock = sock
@@ -263,14 +267,22 @@ class ProcessEnd:
             return b"", []
 
     def tell(self, message: bytes, *fds: int) -> None:
-        """Tell the dispatcher, waiting for room if there is none. Raises OSError."""
-        self._send(message, fds, _NOSIGNAL)
+        """Tell the dispatcher, waiting while there is no room or no memory. Raises OSError."""
+        while True:
+            try:
+                if fds:
+                    self.sock.sendmsg((message,), _rights(*fds), self._flags)
+                else:
+                    self.sock.send(message, self._flags)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
+                    raise
+                self._wait(error.errno == errno.EAGAIN)
 
-    def _send(self, message: bytes, fds: tuple[int, ...], flags: int) -> None:
-        if fds:
-            self.sock.sendmsg((message,), _rights(*fds), flags)
-        else:
-            self.sock.send(message, flags)
+    def _wait(self, for_room: bool) -> None:
+        """The kernel has waited for room itself."""
+        time.sleep(PAUSE)
 
 
 def send_job(sock: socket.socket, job: Job, client: int) -> None:

@@ -24,7 +24,7 @@ import gevent.hub
 import gevent.monkey
 import gevent.socket
 
-from .channel import LEAVE, Kind, ProcessEnd, Report, close_all, decode_job, receive
+from .channel import LEAVE, PAUSE, Kind, ProcessEnd, Report, close_all, decode_job, receive
 from .client_socket import ClientSocket
 from .errors import OverdueError
 from .overdue import SIGNAL, Run
@@ -89,6 +89,8 @@ class GreenEnd(ProcessEnd):
     HAND_TIME it may go on so; then come others of the process.
     """
 
+    _flags = _TELL
+
     def __init__(self, sock: socket.socket, deck: socket.socket) -> None:
         super().__init__(sock, deck)
         self.handing = False
@@ -118,18 +120,13 @@ class GreenEnd(ProcessEnd):
                 self._idle.remove(waiter)
         return self._arrived.popleft() if self._arrived else END
 
-    def tell(self, message: bytes, *fds: int) -> None:
-        """Tell the dispatcher; the greenlet waits for room if there is none. Raises OSError.
-
-        Nothing else ends the wait.
-        """
-        while True:
-            try:
-                self._send(message, fds, _TELL)
-                return
-            except BlockingIOError:
-                with suppress(BaseException):  # a timeout that the request has left behind, say
-                    gevent.socket.wait_write(self.sock.fileno())
+    def _wait(self, for_room: bool) -> None:
+        """Only the greenlet waits."""
+        with suppress(BaseException):  # a timeout that the request has left behind, say
+            if for_room:
+                gevent.socket.wait_write(self.sock.fileno())
+            else:
+                gevent.sleep(PAUSE)
 
     def _on_readable(self) -> None:
         """Called by the hub, which may not wait."""
