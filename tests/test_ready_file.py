@@ -62,9 +62,9 @@ def test_a_file_left_behind_by_a_replica_that_was_killed_is_removed_at_the_next_
     first = start(config=CONFIG)
     left = first.folder / "ready"
     wait_for(left.exists, "the file")
-    family = [*first.workers, first.supervisor, first.dispatcher]
+    family = [first.supervisor, first.dispatcher, *first.workers]
     first.tell(signal.SIGSTOP)
-    for pid in [first.process.pid, *family]:
+    for pid in [*family, first.process.pid]:  # whom each leaves behind cannot tidy up
         first.tell(signal.SIGKILL, pid)
     first.process.wait(20)
     assert left.exists()
