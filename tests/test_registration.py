@@ -26,18 +26,22 @@ def no_descriptors() -> None:
     raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
 
 
+def offering_on(control: socket.socket, cells: Cells, found: list[socket.socket]) -> Registration:
+    return Registration(
+        control,
+        cells.fd,
+        logging.getLogger(),
+        lambda again: OFFER,
+        lambda *ends: found.extend(ends),
+        lambda _: None,
+    )
+
+
 def test_a_process_without_descriptors_offers_itself_when_it_has_some_again(monkeypatch):
     control, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     cells = Cells(1)
     with control, writing:
-        offering = Registration(
-            writing,
-            cells.fd,
-            logging.getLogger(),
-            lambda again: OFFER,
-            lambda _: None,
-            lambda _: None,
-        )
+        offering = offering_on(writing, cells, [])
 
         def offer() -> list[int]:
             offering.wait(0)
@@ -55,16 +59,10 @@ def test_a_process_without_descriptors_offers_itself_when_it_has_some_again(monk
 
 def test_a_deck_is_never_waited_for_whatever_timeout_the_app_gives_new_sockets(monkeypatch):
     control, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    cells, found = Cells(1), []
+    cells = Cells(1)
+    found: list[socket.socket] = []
     with control, writing:
-        offering = Registration(
-            writing,
-            cells.fd,
-            logging.getLogger(),
-            lambda again: OFFER,
-            lambda *ends: found.extend(ends),
-            lambda _: None,
-        )
+        offering = offering_on(writing, cells, found)
         offering.wait(0)
         _, (channel, *others), _ = receive_control(control)
         deck = Deck()
