@@ -40,8 +40,17 @@ class Cells:
         self._complete_at = (slots + 2) * 8
         self._size = self._stacks_at = self._complete_at + slots
         self.fd = create("cells", self._size) if fd is None else fd
-        self._memory = mmap.mmap(self.fd, self._size)
-        self._words = memoryview(self._memory)[: self._complete_at].cast("Q")
+        self._use(mmap.mmap(self.fd, self._size))
+
+    def _use(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._words = memoryview(memory)[: self._complete_at].cast("Q")
+
+    def part(self) -> None:
+        """In a child that the app has forked: what its copies of the slots write, nobody sees."""
+        alone = mmap.mmap(-1, self._size)
+        alone[:] = self._memory[:]
+        self._use(alone)
 
     def close(self) -> None:
         """Give the memory back; the descriptor is its owner's to close."""

@@ -163,6 +163,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._control = self._nowhere
         for slot in self._slots:
             slot.forget()
+        self._cells.part()
 
     # What each mode does in its own way.
 

@@ -238,6 +238,38 @@ def test_a_killed_greenlet_costs_its_request_and_no_slot(start, stage):
     close(clients)
 
 
+FORKING = """
+import gc, gevent, os
+from replica_plugin.gevent_worker import GeventWorker
+
+PID, released = os.getpid(), []
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "1")])
+    if environ["PATH_INFO"] == "/wait":
+        while os.getpid() == PID and not released:
+            gevent.sleep(0.01)
+        return [b"-"]
+    pid = os.fork()
+    if not pid:
+        gevent.sleep(0.2)  # the child's copy of the request that waits ends meanwhile
+        os._exit(0)
+    os.waitpid(pid, 0)
+    released.append(True)
+    worker = next(each for each in gc.get_objects() if type(each) is GeventWorker)
+    return [b"%d" % len(worker._cells.begun())]
+"""
+
+
+def test_what_a_child_that_the_app_forks_ends_does_not_end_for_its_parent(start):
+    """Else a request that runs would count as not begun, and run again if its process died."""
+    server = start(config=ONE, app="forking:application", files={"forking.py": FORKING})
+    client = server.connect().ask("/wait")
+    server.wait_numbers(running=1)
+    assert server.get("/fork").body == b"2"
+    client.close()
+
+
 # A hub that does not turn.
 
 
