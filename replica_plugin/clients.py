@@ -165,11 +165,9 @@ class Clients:
         return head.chunked or head.expects or head.length > self._serving.request_buffer
 
     def take_back(self, conn: Connection) -> None:
-        """The process died before it began to read: the request waits again."""
+        """No slot has begun the request, and its client has not left: it waits again."""
         conn.state = State.WAITING
         self.watch(conn)
-        if conn.hung_up:
-            self._leave_queue(conn)
 
     def give_back(self, conn: Connection, report: Report, now: float) -> None:
         """A slot has reported the request done."""

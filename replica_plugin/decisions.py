@@ -362,9 +362,13 @@ class Decisions:
             self.waiting.remove(request)
         self.offered.clear()
 
-    def untaken(self, requests: Collection[int], now: float) -> list[Action]:
-        """Who took these, died before it said so, and before they were begun: they wait again."""
-        self._put_back([(r, self.taken.pop(r)) for r in requests if r in self.taken])
+    def untaken(self, requests: Collection[int], left: Collection[int], now: float) -> list[Action]:
+        """Who took these, died before it said so, and before they were begun: they wait again.
+
+        But not those whose clients have `left` meanwhile.
+        """
+        waits = [(request, self.taken.pop(request)) for request in requests]
+        self._put_back([(request, wait) for request, wait in waits if request not in left])
         return self._start(now)
 
     def _may_offer(self) -> bool:

@@ -23,12 +23,13 @@ import os
 import select
 import socket
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from . import answers
 from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
-from .channel import Address, Adopt, Job, Kind, Report, decode_stall
+from .channel import Address, Adopt, End, Job, Kind, Report, decode_stall
 from .clients import LEFT, Clients
 from .connection import Connection, State
 from .decisions import Decisions
@@ -293,16 +294,25 @@ class Dispatcher:
         taken = list(self._decisions.taken)
         if not self._processes.hear_all(now):
             return
-        self.perform(self._decisions.untaken(taken, now), now)
-        for request in filter(self._decisions.waits, taken):
+        missing = [request for request in taken if request in self._decisions.taken]
+        left = [request for request in missing if self.requests[request].hung_up]
+        self.perform(self._decisions.untaken(missing, left, now), now)
+        for request in left:
+            self._clients.close(self.requests.pop(request))
+        self._take_back(missing)
+
+    def _take_back(self, requests: Iterable[int]) -> None:
+        """Of what no slot has begun, what was not sent again at once waits."""
+        for request in filter(self._decisions.waits, requests):
             self._clients.take_back(self.requests[request])
 
     def _on_returned(self, link: Link, request: int, now: float) -> None:
-        if not self._decisions.runs(link.age, request) or request not in self.requests:
-            return
-        self.perform(self._decisions.returned(link.age, request, now), now)
-        if request in self._decisions.waiting:
-            self._clients.take_back(self.requests[request])
+        conn = self.requests.get(request)
+        if conn is not None and conn.hung_up:  # nobody waits for it
+            self._on_done(link, Report(Kind.DONE, request, End.ABORT), now)
+        elif conn is not None and self._decisions.runs(link.age, request):
+            self.perform(self._decisions.returned(link.age, request, now), now)
+            self._take_back([request])
 
     def _on_explained(self, link: Link, report: Report) -> None:
         stall = decode_stall(report.carry)
@@ -347,14 +357,13 @@ class Dispatcher:
         begun = link.cells.begun()
         process = self._decisions.processes.get(link.age)
         ours = process.requests.keys() & self.requests.keys() if process else set()
-        unread = ours - begun.keys()
+        unread = {r for r in ours - begun.keys() if not self.requests[r].hung_up}
         for action in self._decisions.died(link.age, unread, now):
             if isinstance(action, Lost):
                 self._on_lost(action, begun.get(action.request, False), now)
             else:
                 self.perform([action], now)
-        for request in filter(self._decisions.waits, unread):
-            self._clients.take_back(self.requests[request])
+        self._take_back(unread)
         self._write_table()
 
     def _on_lost(self, lost: Lost, answering: bool, now: float) -> None:

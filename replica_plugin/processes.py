@@ -224,7 +224,7 @@ class Processes:
             except ValueError:
                 self.on_nonsense(link)
                 return
-            link.busy -= report.kind is Kind.DONE
+            link.busy -= report.kind in (Kind.DONE, Kind.RETURNED)
             yield report
 
     def hear_all(self, now: float) -> bool:

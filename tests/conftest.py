@@ -20,6 +20,12 @@ hypothesis.settings.register_profile("long", max_examples=20_000, deadline=None)
 """For hours: `pytest --hypothesis-profile=long tests/test_fuzz_*.py`."""
 
 
+def pytest_configure() -> None:
+    """Who starts us in a shell's background has INT and QUIT ignored, by all that we start, too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """What `-n auto` means: more than there are CPUs, since most tests wait most of their time."""
     return 2 * (os.cpu_count() or 1)

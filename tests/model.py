@@ -169,10 +169,10 @@ class Model:
         self.waiting = [each for each in self.waiting if each not in self.taken]
         self.offered = []
 
-    def untaken(self, requests, now, actions):
+    def untaken(self, requests, left, now, actions):
         self.now = now
         self.taken -= set(requests)
-        self._wait_again(set(requests))
+        self._wait_again(set(requests) - set(left))
         self._judge(actions)
 
     def overdue(self, age, request, actions):

@@ -364,6 +364,50 @@ def test_what_was_taken_and_not_reported_waits_again_when_no_slot_can_have_it(fu
     assert (again.request, again.client) == (took.request, client.getsockname())
 
 
+def test_what_was_taken_for_a_client_that_left_does_not_wait_again(full):
+    replica, job, client = full
+    replica.cells.take(0)
+    replica.take()
+    client.close()
+    replica.turn()
+    replica.cells.end(0)
+    replica.turn()
+    assert not replica.dispatcher._decisions.taken
+    replica.done(job)
+    replica.turn()
+    assert replica.job() is None
+    assert not replica.dispatcher._clients.connections
+
+
+def test_what_comes_back_from_a_hub_that_stands_still_is_not_sent_again_for_a_client_that_left(
+    replica,
+):
+    client = replica.client()
+    ask(client)
+    replica.turn()
+    job = replica.job()
+    client.close()
+    replica.turn()
+    replica.process.send(Report(Kind.RETURNED, job.request).encode())
+    replica.turn()
+    assert replica.job() is None
+    assert replica.dispatcher._decisions.running == 0
+    assert not replica.dispatcher._clients.connections
+
+
+def test_what_a_dead_process_had_not_begun_is_not_sent_again_for_a_client_that_left(replica):
+    client = replica.client()
+    ask(client)
+    replica.turn()
+    assert replica.job()
+    client.close()
+    replica.turn()
+    processes = replica.dispatcher._processes
+    processes._on_death(processes.links[1], time.monotonic())
+    assert not replica.dispatcher._decisions.waiting
+    assert not replica.dispatcher._clients.connections
+
+
 def test_a_process_that_says_it_took_what_nobody_offered_is_killed(full, monkeypatch):
     replica, job, _ = full
     killed = []

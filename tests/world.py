@@ -84,6 +84,7 @@ class World:
         self.reads_at_once = True
         self.deck: list[int] = []
         self.vanished: set[int] = set()  # taken off it by processes that died before they said so
+        self.left: set[int] = set()  # of those, the ones whose clients are gone
         self.write()
         self._be_born(was_ready=False)
         self.manage()
@@ -258,10 +259,13 @@ class World:
         for worker in list(self.table.values()):
             self.hear(worker)
         if taken:
-            left = [each for each in taken if each in self.decisions.taken]
-            assert set(left) <= self.vanished
-            self.vanished -= set(left)
-            self.tell("untaken", left, self.now)
+            missing = [each for each in taken if each in self.decisions.taken]
+            left = [each for each in missing if each in self.left]
+            assert set(missing) <= self.vanished
+            self.vanished -= set(missing)
+            for request in left:
+                self._end(request, "waiting", "gone")
+            self.tell("untaken", missing, left, self.now)
 
     def say_overdue(self, worker: Worker) -> None:
         """Its attendant has a look at what its slots have begun."""
@@ -336,7 +340,9 @@ class World:
 
     def go(self, request: int) -> None:
         """The client of a waiting request leaves; or of one that a slot has just taken."""
-        if self.requests[request] == "waiting" and request not in self.vanished:
+        if request in self.vanished:
+            self.left.add(request)
+        elif self.requests[request] == "waiting":
             self._end(request, "waiting", "gone")
         self.tell("gone", request)
 
