@@ -50,6 +50,7 @@ _SCM_CREDENTIALS = 2
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
+_PEEK = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
 
 Address = tuple[Any, ...] | str | bytes
 
@@ -265,6 +266,13 @@ class ProcessEnd:
             return receive(self.sock)
         except OSError:
             return b"", []
+
+    def is_dismissed(self) -> bool:
+        """Asked by the attendant: whether LEAVE comes next, and no slot is free to read it."""
+        try:
+            return self.sock.recv(len(LEAVE), _PEEK) == LEAVE
+        except OSError:
+            return False
 
     def tell(self, message: bytes, *fds: int) -> None:
         """Tell the dispatcher, waiting while there is no room or no memory. Raises OSError."""

@@ -23,7 +23,6 @@ then, such as a logging handler of Flask's, which takes a lock, finds gevent's i
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import sys
 import time
@@ -85,8 +84,6 @@ class GeventWorker(ReplicaWorker):
 
     def init_process(self) -> None:
         """Patch where gunicorn's own gevent worker does: in the process, before the app comes."""
-        # It takes a while, in which the master's handler, inherited, would lose a TERM.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         gevent.monkey.patch_all()
         gevent.reinit()
         super().init_process()
@@ -145,8 +142,6 @@ class GeventWorker(ReplicaWorker):
     def _take_up(self, sock: socket.socket, deck: socket.socket) -> None:
         self._channel = GreenEnd(sock, deck)
         self._changed.set()
-        if self._leaving_since is not None:
-            self._say_leaving()
 
     # In the main thread: the hub.
 

@@ -98,6 +98,7 @@ class GreenEnd(ProcessEnd):
         self._idle: list[Any] = []  # gevent's Waiters
         self._arrived: deque[Message] = deque()
         self._ended = False
+        self._dismissed = False
         self._watcher = gevent.get_hub().loop.io(sock.fileno(), READABLE)
         self._watcher.start(self._on_readable)
 
@@ -144,7 +145,11 @@ class GreenEnd(ProcessEnd):
         else:
             self._deliver(message)
 
+    def is_dismissed(self) -> bool:
+        return self._dismissed or super().is_dismissed()
+
     def _deliver(self, message: Message) -> None:
+        self._dismissed |= message[0] == LEAVE
         if self._idle:
             self._hand(message)
         else:
@@ -165,6 +170,7 @@ class GreenEnd(ProcessEnd):
                 if not data:
                     return
                 if data == LEAVE:
+                    self._dismissed = True
                     in_hub(self._deliver, (data, fds))
                     return
                 close_all(fds)

@@ -67,8 +67,6 @@ class ThreadWorker(ReplicaWorker):
         with self._change:
             self._channel = ProcessEnd(sock, deck)
             self._change.notify_all()
-        if self._leaving_since is not None:
-            self._say_leaving()
 
     def _on_death(self, sock: socket.socket) -> None:
         with self._change:

@@ -71,6 +71,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.serving = True
         self._channel: ProcessEnd | None = None
         self._leaving_since: float | None = None
+        self._told: ProcessEnd | None = None  # whose dispatcher knows that we want to leave
+        self._alone_since: float | None = None  # without a dispatcher, and wanting to leave
         self._dismissed_at: float | None = None
         self._working = 0
 
@@ -332,14 +334,20 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         return True
 
     def _is_overdue(self) -> bool:
-        """Whether a process that was told to leave has had its time.
+        """Whether a process that was told to leave has had its time since it was dismissed; which
+        no slot has read yet, if all of them are busy.
 
         Not one that is dismissed for a stuck request: what else it runs has request_timeout.
         """
-        if self._dismissed_at is None or self._leaving_since is None:
+        if self._leaving_since is None:
+            return False
+        now, channel = time.monotonic(), self._channel
+        if self._dismissed_at is None and channel is not None and channel.is_dismissed():
+            self._dismissed_at = now
+        if self._dismissed_at is None:
             return False
         since = max(self._dismissed_at, self._leaving_since)
-        return bool(time.monotonic() - since > self.cfg.graceful_timeout)
+        return bool(now - since > self.cfg.graceful_timeout)
 
     def _give_up(self) -> None:
         """End with requests running. With t = 1 the main thread is stuck in one of them."""
@@ -348,18 +356,26 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _leave(self) -> None:
         """Ask the dispatcher to be dismissed; without one, end when no request is left."""
-        now = time.monotonic()
+        now, channel = time.monotonic(), self._channel
         if self._leaving_since is None:
             self._leaving_since = now
-            self._say_leaving()
-        if self._channel is None and now - self._leaving_since > ORPHAN_TIME:
-            self._end()
+        if channel is None:
+            self._end_if_alone(now)
+            return
+        self._alone_since = None
+        if channel is not self._told:
+            with suppress(OSError):  # no room, or a dispatcher that died: again in the next turn
+                channel.sock.send(LEAVING, _NOW)
+                self._told = channel
 
-    def _say_leaving(self) -> None:
-        channel = self._channel
-        if channel is not None:
-            with suppress(OSError):  # the dispatcher died: the next one reads it in the offer
-                channel.sock.send(LEAVING, socket.MSG_NOSIGNAL)
+    def _end_if_alone(self, now: float) -> None:
+        """Another dispatcher may come, and say when; not after the master's death, whose
+        dispatcher has given all that ran its time."""
+        if self._alone_since is None:
+            self._alone_since = now
+        elif now - self._alone_since > ORPHAN_TIME and self._dismissed_at is None:
+            self._dismissed_at = now if self.ppid == os.getppid() else self._leaving_since
+            self._end()
 
     # What the registration asks and tells.
 

@@ -311,6 +311,20 @@ def test_without_their_master_processes_and_helpers_finish_and_end(start, stage,
         wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end")
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_without_their_master_processes_that_do_not_finish_end_all_the_same(start, stage, threads):
+    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    server = start("--graceful-timeout", "1", config=config)
+    family = [*server.workers, server.supervisor, server.dispatcher]
+    client = server.connect().ask("/hold/x")
+    actor = stage.next()
+    server.tell(KILL)
+    assert actor.vanished()
+    assert client.reply().status == 503
+    for pid in family:
+        wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end")
+
+
 # What apps do to their processes.
 
 

@@ -1,4 +1,4 @@
-"""How a process offers itself to a dispatcher, when that is not possible at once."""
+"""How a process offers itself to a dispatcher, and leaves, when that is not possible at once."""
 
 from __future__ import annotations
 
@@ -6,15 +6,27 @@ import errno
 import logging
 import os
 import socket
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from server import wait_for
 from stage import PATIENCE
 
-from replica_plugin import registration
+from replica_plugin import registration, worker
 from replica_plugin.cells import Cells
-from replica_plugin.channel import WELCOME, Job, Register, close_all, receive_control, send
+from replica_plugin.channel import (
+    LEAVING,
+    WELCOME,
+    Job,
+    ProcessEnd,
+    Register,
+    close_all,
+    pair,
+    receive_control,
+    send,
+)
 from replica_plugin.deck import Deck, take
 from replica_plugin.registration import Registration
 from replica_plugin.slot import Slot
@@ -87,3 +99,60 @@ def test_a_child_that_the_app_forks_forgets_what_a_slot_was_about_to_begin():
     assert slot._next is None
     assert os.read(reading, 1) == b"", "the child holds the client's connection"
     os.close(reading)
+
+
+class Leaving:
+    """A process that was told to leave, as far as its attendant sees to that."""
+
+    def __init__(self, monkeypatch: Any) -> None:
+        self.now = 0.0
+        self.ended = False
+        monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: self.now))
+        self.process: Any = object.__new__(worker.ReplicaWorker)
+        self.process.__dict__.update(
+            _channel=None, _leaving_since=None, _alone_since=None, _told=None,
+            _dismissed_at=None, _end=self._end, ppid=os.getppid(),
+        )  # fmt: skip
+
+    def _end(self) -> None:
+        self.ended = True
+
+    def look(self, now: float, channel: ProcessEnd | None) -> None:
+        self.now = now
+        self.process._channel = channel
+        self.process._leave()
+
+
+def test_a_process_that_has_long_wanted_to_leave_waits_for_another_dispatcher(monkeypatch):
+    """As after a HUP, while its successor loads for minutes: it serves on meanwhile."""
+    leaving = Leaving(monkeypatch)
+    first, second = (ProcessEnd(*pair()) for _ in range(2))
+    leaving.look(0.0, first)
+    leaving.look(60.0, None)
+    leaving.look(60.0 + worker.ORPHAN_TIME, None)
+    assert not leaving.ended
+    leaving.look(63.0, second)
+    leaving.look(90.0, None)
+    assert not leaving.ended
+    leaving.look(90.5 + worker.ORPHAN_TIME, None)
+    assert leaving.ended
+
+
+def test_a_process_says_that_it_wants_to_leave_until_it_could(monkeypatch):
+    leaving = Leaving(monkeypatch)
+    ours, theirs = pair()
+    channel = ProcessEnd(ours, ours)
+    filling = 0
+    with suppress(BlockingIOError):
+        while True:
+            ours.send(b"", socket.MSG_DONTWAIT)
+            filling += 1
+    for now in (0.0, 1.0):
+        leaving.look(now, channel)
+    for _ in range(filling):
+        theirs.recv(1)
+    for now in (2.0, 3.0):
+        leaving.look(now, channel)
+    assert theirs.recv(100, socket.MSG_DONTWAIT) == LEAVING
+    with pytest.raises(BlockingIOError):  # it is said once
+        theirs.recv(100, socket.MSG_DONTWAIT)

@@ -391,6 +391,23 @@ def test_hup_replaces_processes_whose_app_ignores_term(start):
     assert server.stop() == 0
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_old_processes_whose_slots_are_all_busy_end_graceful_timeout_after_a_hup(
+    start, stage, threads
+):
+    """No slot is free to read that they are dismissed."""
+    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    server = start("--graceful-timeout", "1", config=config)
+    clients = [server.connect().ask("/hold/x") for _ in range(threads)]
+    actors = stage.take(threads)
+    server.tell(signal.SIGHUP)
+    server.wait_log("Not finished within graceful_timeout of being dismissed: leaving")
+    assert all(actor.vanished() for actor in actors)
+    assert [client.reply().status for client in clients] == [502] * threads
+    assert server.get("/hello").status == 200
+    server.wait_numbers(processes=1, slots=threads)
+
+
 LAST_WORDS = """\
 import os, signal
 from served_app import application
