@@ -111,7 +111,8 @@ class Loading:
     def _fail(self) -> None:
         if not self._replica_page.read().was_ready and not self._others():
             sys.exit(BOOT_ERROR)
-        pause = min(LONGEST_PAUSE, 2.0 ** (self._load_page.failures - 1))
+        doublings = min(self._load_page.failures - 1, 6)  # a float has an end, too
+        pause = min(LONGEST_PAUSE, 2.0**doublings)
         self._process.log.error(
             "The replica serves on with the processes it has. A HUP, or the next process that is "
             "missing, tries again; not sooner than in %g s, if one is missing now",
