@@ -39,6 +39,11 @@ def init_signals(self):
 
 Worker.init_signals = init_signals
 """
+THREADED = """\
+import threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+1 / 0
+"""
 COUNTED = "open('loads', 'a').write('x')\n" + APP
 
 
@@ -112,13 +117,25 @@ def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start):
     server.wait_numbers(processes=2, slots=4)
 
 
-def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(caplog):
+@IN_BOTH_MODES
+def test_an_app_that_cannot_be_loaded_ends_gunicorn_though_it_has_started_a_thread(start, mode):
+    text = (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n1 / 0"
+    )
+    files = {"app.py": text, "replica.yaml": f"mode: {mode}\n"}
+    assert start.to_its_end(app=("app:app",), files=files).code == 3
+
+
+def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(
+    caplog, monkeypatch
+):
     """With one a minute that takes 17 hours; an error of ours would be a failure to boot."""
     page, master, replica = LoadPage(), MasterPage(), ReplicaPage()
     replica.write(Numbers(was_ready=1))
     master.write(WISHES.encode())  # none is missing
     for age in range(1024):
         page.note_failure(age)
+    monkeypatch.setattr("replica_plugin.loading.start_new_thread", lambda *_: None)
     process = SimpleNamespace(age=1024, ppid=os.getppid(), alive=True, log=logging.getLogger())
     with pytest.raises(SystemExit) as end:
         Loading(process, page, master, replica).run(lambda: 1 / 0, staggered=False)
