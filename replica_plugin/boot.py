@@ -105,8 +105,9 @@ def shortages(cfg: Config, loaded: Loaded) -> list[str]:
 def _first_comes_timeout(timeout: int, limit: float, loaded: Loaded) -> str:
     """With one thread gunicorn's `timeout` watches over each request; see docs/design.md."""
     return (
-        f"Conflict: gunicorn's timeout ({timeout} s) comes before request_timeout: {limit:g} s "
-        f"({loaded.sources['request_timeout']}), and ends the process of a stuck request. "
+        f"Conflict: gunicorn's timeout ({timeout} s) can come before request_timeout: {limit:g} s "
+        f"({loaded.sources['request_timeout']}). It ends the process of a request that keeps the "
+        f"GIL for so long, or runs for {2 * timeout} s. "
         f"Set --timeout above {limit + overtime.GRACE:g}, or a shorter request_timeout."
     )
 

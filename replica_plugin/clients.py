@@ -287,13 +287,16 @@ class Clients:
 
     # Stopping.
 
-    def stop(self, now: float, until: float, shared: bool) -> None:
+    def stop(self, now: float, until: float, shared: bool, serving: bool) -> None:
         """Listen no more; until then, who has connected, or is about to, may send a request.
 
-        Listeners that others have as well are closed at once: what connects later is theirs.
+        Listeners that others have as well are closed at once: what connects later is theirs, and
+        what lies in the backlog, too, if we do not go on `serving`.
         """
         self.pause(until, False)
-        if shared:
+        if shared and not serving:
+            self.listeners.close()
+        elif shared:
             self._close_listeners(now)
         else:
             self.listeners.refuse()

@@ -13,7 +13,8 @@ The race of 3, in steps: a waiter's time is over; before it takes the lock, it i
 slot. It then finds itself no longer in the queue, and has the slot: it goes in.
 
 A turn is a bare lock, taken by whoever waits for it and released by whoever hands the slot
-over, since an Event's own lock may be held where the collector interrupts.
+over, since an Event's own lock may be held where the collector interrupts. Its kind is asked for
+anew each time: gevent may patch threading behind our import, with preload_app, say.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from weakref import WeakSet
 
 from .actions import Why
 from .rate import Rate
 
-Turn = threading.Lock
+
+def new_turn() -> Any:
+    """A lock of greenlets, where gevent has patched."""
+    return threading.Lock()
 
 
 class TurnedAwayError(Exception):
@@ -54,7 +59,7 @@ class Gate:
         """Nobody is inside, and nobody waits."""
         self.running = 0
         self._lock = threading.Lock()
-        self._queue: OrderedDict[Turn, None] = OrderedDict()
+        self._queue: OrderedDict[Any, None] = OrderedDict()
         self._left: deque[None] = deque()
         self._rate = Rate()
 
@@ -68,7 +73,7 @@ class Gate:
 
     def enter(self) -> None:
         """Take a slot, waiting for one if need be. Raises TurnedAwayError."""
-        turn = Turn()
+        turn = new_turn()
         turn.acquire()
         with self._alone():
             if self.running + self.waiting >= self.bound:
@@ -90,7 +95,7 @@ class Gate:
         with self._alone():
             return self._rate.seconds_for(self.waiting + 1, time.monotonic())
 
-    def _wait(self, turn: Turn) -> None:
+    def _wait(self, turn: Any) -> None:
         try:
             came = turn.acquire(timeout=-1 if self.timeout is None else self.timeout)
         except BaseException:  # the waiter was interrupted: its place or its slot goes on
@@ -100,7 +105,7 @@ class Gate:
         if not came and self._withdraw(turn):
             raise TurnedAwayError(Why.WAITED)
 
-    def _withdraw(self, turn: Turn) -> bool:
+    def _withdraw(self, turn: Any) -> bool:
         """Leave the queue without a slot; False if it is too late for that."""
         with self._alone():
             return self._queue.pop(turn, self) is None

@@ -9,6 +9,7 @@
 3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. Any other
    process that fails takes, for 1 to 60 s, the place of the one that is missing, so that
    gunicorn does not fork and fail in a circle; if none is missing, it ends at once.
+4. Python ends when all threads have. Those of an app that failed have END_TIME for it.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Wishes, decode_wishes
+from .unpatched import sleep, start_new_thread
 
 BOOT_ERROR = 3  # the exit code at which gunicorn halts
 LONGEST_PAUSE = 60.0
 PATIENCE = 600.0  # seconds without any change after which a process loads beside another
+END_TIME = 5.0  # seconds that the threads of an app that failed have to end
 GLANCE = 0.02  # seconds between two looks at what has to change first
 _MOMENT = 0.001
 
@@ -110,8 +113,9 @@ class Loading:
 
     def _fail(self) -> None:
         if not self._replica_page.read().was_ready and not self._others():
-            sys.exit(BOOT_ERROR)
-        pause = min(LONGEST_PAUSE, 2.0 ** (self._load_page.failures - 1))
+            _end(BOOT_ERROR)
+        doublings = min(self._load_page.failures - 1, 6)  # a float has an end, too
+        pause = min(LONGEST_PAUSE, 2.0**doublings)
         self._process.log.error(
             "The replica serves on with the processes it has. A HUP, or the next process that is "
             "missing, tries again; not sooner than in %g s, if one is missing now",
@@ -121,7 +125,7 @@ class Loading:
         while time.monotonic() < end and self._is_in_place_of_another():
             self._end_without_master()
             time.sleep(GLANCE)
-        sys.exit(1)
+        _end(1)
 
     def _others(self) -> set[int]:
         return self._load_page.loaded(self._wishes().live) - {self._process.age}
@@ -133,7 +137,7 @@ class Loading:
 
     def _end_without_master(self) -> None:
         if os.getppid() != self._process.ppid:
-            sys.exit(0)
+            _end(0)
 
     def _wishes(self) -> Wishes:
         while True:
@@ -142,3 +146,14 @@ class Loading:
                 return decode_wishes(state)
             self._end_without_master()
             time.sleep(_MOMENT)
+
+
+def _end(code: int) -> NoReturn:
+    """No heartbeat is due while a process loads, so that gunicorn's `timeout` would not end it."""
+    start_new_thread(_end_for_sure, (code,))
+    sys.exit(code)
+
+
+def _end_for_sure(code: int) -> None:
+    sleep(END_TIME)
+    os._exit(code)

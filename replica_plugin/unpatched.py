@@ -1,4 +1,4 @@
-"""Python's own sockets and poll, also where gevent has put its own in their place.
+"""Python's own sockets, poll and threads, also where gevent has put its own in their place.
 
 Bound at import, so a patch that comes later (gevent_worker.py) changes nothing here. One
 that came before, in gunicorn's configuration say, is passed by with gevent's own documented
@@ -8,14 +8,18 @@ means. Nothing here imports gevent.
 from __future__ import annotations
 
 import _socket
+import _thread
 import select
 import socket
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from _thread import start_new_thread as start_new_thread
     from select import poll as poll
     from socket import socket as Socket_
+    from time import sleep as sleep
 
     Socket = Socket_
 else:
@@ -26,6 +30,8 @@ else:
 
     Socket = _original(socket, "socket")
     poll = _original(select, "poll")
+    sleep = _original(time, "sleep")
+    start_new_thread = _original(_thread, "start_new_thread")
 
 
 def socketpair(kind: int) -> tuple[Socket, Socket]:

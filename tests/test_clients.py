@@ -64,7 +64,7 @@ def test_a_request_that_came_unseen_before_keepalive_ended_is_served(idle):
 
 
 def test_a_request_that_came_unseen_before_the_last_call_of_a_stop_is_served(idle):
-    idle.clients.stop(0.0, LAST_CALL, False)
+    idle.clients.stop(0.0, LAST_CALL, shared=False, serving=True)
     idle.client.sendall(REQUEST)
     idle.clients.tick(LAST_CALL)
     idle.clients.on_event(idle.conn, select.EPOLLIN, LAST_CALL)

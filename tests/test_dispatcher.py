@@ -24,7 +24,7 @@ from replica_plugin.deck import take
 from replica_plugin.dispatcher import MOMENT, Dispatcher, Frame
 from replica_plugin.journal import Journal
 from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
-from replica_plugin.rules import Privileges, Serving, Wishes
+from replica_plugin.rules import Privileges, Serving, Stop, Wishes
 
 LOGGING = {"loglevel": "error"}
 TURNS = 5
@@ -115,6 +115,22 @@ def ask(client: socket.socket) -> None:
 
 def address(job: Job | None) -> object:
     return job and job.client
+
+
+@pytest.mark.parametrize(
+    ("graceful", "paused", "is_left"),
+    [(True, False, False), (False, False, True), (True, True, True)],
+)
+def test_a_master_that_stops_leaves_a_shared_backlog_to_the_other_if_it_cannot_serve_it(
+    replica, graceful, paused, is_left
+):
+    """Beside it another master has the same socket, after a USR2."""
+    dispatcher, now = replica.dispatcher, time.monotonic()
+    shared = replace(dispatcher._wishes, shared=True)
+    with replica.listener.dup() as other, replica.connect():
+        dispatcher._stopping.pause(paused, now)
+        dispatcher._stopping.begin(Stop(graceful, now + 30), shared, now)
+        assert bool(select.select([other], [], [], 0)[0]) == is_left
 
 
 def test_a_request_is_not_refused_while_a_report_lies_there(replica):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections import OrderedDict
@@ -11,6 +13,7 @@ from contextlib import suppress
 
 import pytest
 from server import Pending, wait_for
+from stage import PATIENCE
 
 from replica_plugin.actions import Why
 from replica_plugin.gate import Gate, TurnedAwayError
@@ -125,7 +128,7 @@ def test_a_slot_handed_over_at_the_deadline_is_taken(monkeypatch):
 
     gate = Gate(1, 5, timeout=0.01)
     leave = inside(gate)
-    monkeypatch.setattr("replica_plugin.gate.Turn", LateTurn)
+    monkeypatch.setattr("replica_plugin.gate.new_turn", LateTurn)
     late = Pending(gate.enter)
     wait_for(lambda: gate.waiting == 1, "one waits")
     leave.set()
@@ -141,7 +144,7 @@ def test_a_waiter_that_is_interrupted_leaves_no_slot_behind(monkeypatch):
     gate = Gate(1, 5)
     leave = inside(gate)
     with monkeypatch.context() as patch:
-        patch.setattr("replica_plugin.gate.Turn", InterruptedTurn)
+        patch.setattr("replica_plugin.gate.new_turn", InterruptedTurn)
         with pytest.raises(KeyboardInterrupt):
             gate.enter()
     assert gate.waiting == 0
@@ -157,7 +160,7 @@ def test_a_waiter_that_is_interrupted_as_it_gets_a_slot_passes_it_on(monkeypatch
 
     gate = Gate(1, 5)
     leave = inside(gate)
-    monkeypatch.setattr("replica_plugin.gate.Turn", InterruptedTurn)
+    monkeypatch.setattr("replica_plugin.gate.new_turn", InterruptedTurn)
     interrupted = Pending(gate.enter)
     wait_for(lambda: gate.waiting == 1, "one waits")
     leave.set()
@@ -185,6 +188,29 @@ class LeavesWhenAdded(OrderedDict):
     def __setitem__(self, turn: object, value: None) -> None:
         self._gate.leave()
         super().__setitem__(turn, value)
+
+
+PRELOADED = """
+from replica_plugin.gate import Gate
+gate = Gate(1, 5)  # by an app that the master has loaded
+from gevent import monkey
+monkey.patch_all()
+import gevent
+
+def come():
+    gate.enter()
+    gevent.sleep(0)
+    gate.leave()
+
+gevent.joinall([gevent.spawn(come) for _ in range(3)], raise_error=True)
+print(gate.running, gate.waiting)
+"""
+
+
+def test_greenlets_wait_for_each_other_though_gevent_has_patched_behind_the_import():
+    command = [sys.executable, "-c", PRELOADED]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
+    assert (ended.stdout, ended.stderr) == ("0 0\n", "")
 
 
 def ended(child: int) -> tuple[int, int] | None:

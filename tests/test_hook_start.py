@@ -187,14 +187,15 @@ def test_a_users_settings_below_our_line_win_and_it_is_said_once(start):
 
 
 @pytest.mark.parametrize(("threads", "timeout", "told"), [(1, 30, 1), (1, 0, 0), (2, 30, 0)])
-def test_with_one_thread_a_timeout_that_comes_before_request_timeout_is_said(
+def test_with_one_thread_a_timeout_that_can_come_before_request_timeout_is_said(
     start, threads, timeout, told
 ):
     config = {"request_timeout": "30s", "threads_per_process": threads}
     server = start("--timeout", str(timeout), config=config)
     said = [
-        "Conflict: gunicorn's timeout (30 s) comes before request_timeout: 30 s "
-        "(replica.yaml:1), and ends the process of a stuck request. "
+        "Conflict: gunicorn's timeout (30 s) can come before request_timeout: 30 s "
+        "(replica.yaml:1). It ends the process of a request that keeps the GIL for so long, "
+        "or runs for 60 s. "
         "Set --timeout above 40, or a shorter request_timeout."
     ]
     assert messages(server.log, "WARNING") == said[:told]

@@ -6,12 +6,19 @@ to the master.
 
 from __future__ import annotations
 
+import logging
+import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 from server import IN_BOTH_MODES, Load, wait_for
+from test_fuzz_processes import WISHES
 from test_hook_start import APP, IMPORT
+
+from replica_plugin.loading import LONGEST_PAUSE, Loading
+from replica_plugin.pages import LoadPage, MasterPage, Numbers, ReplicaPage
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 BROKEN = "raise RuntimeError('a broken deploy')\n"
@@ -31,6 +38,11 @@ def init_signals(self):
         os.kill(os.getpid(), signal.{name})
 
 Worker.init_signals = init_signals
+"""
+THREADED = """\
+import threading, time
+threading.Thread(target=time.sleep, args=(1000,)).start()
+1 / 0
 """
 COUNTED = "open('loads', 'a').write('x')\n" + APP
 
@@ -103,6 +115,34 @@ def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start):
     assert server.get("/").status == 200
     deploy(server, APP)
     server.wait_numbers(processes=2, slots=4)
+
+
+@IN_BOTH_MODES
+def test_an_app_that_cannot_be_loaded_ends_gunicorn_though_it_has_started_a_thread(start, mode):
+    text = (
+        "import threading, time\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n1 / 0"
+    )
+    files = {"app.py": text, "replica.yaml": f"mode: {mode}\n"}
+    assert start.to_its_end(app=("app:app",), files=files).code == 3
+
+
+def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(
+    caplog, monkeypatch
+):
+    """With one a minute that takes 17 hours; an error of ours would be a failure to boot."""
+    page, master, replica = LoadPage(), MasterPage(), ReplicaPage()
+    replica.write(Numbers(was_ready=1))
+    master.write(WISHES.encode())  # none is missing
+    for age in range(1024):
+        page.note_failure(age)
+    monkeypatch.setattr("replica_plugin.loading.start_new_thread", lambda *_: None)
+    process = SimpleNamespace(age=1024, ppid=os.getppid(), alive=True, log=logging.getLogger())
+    with pytest.raises(SystemExit) as end:
+        Loading(process, page, master, replica).run(lambda: 1 / 0, staggered=False)
+    for each in (page, master, replica):
+        os.close(each.fd)
+    assert end.value.code == 1
+    assert f"not sooner than in {LONGEST_PAUSE:g} s" in caplog.text
 
 
 def test_an_app_that_has_been_served_can_fail_in_all_processes_and_come_back(start):
