@@ -148,6 +148,11 @@ def refusals(cfg: Config, loaded: Loaded) -> list[str]:
             f"protocol: the dispatcher looks at HTTP requests only (got {cfg.protocol}). "
             "Leave --protocol out and have the proxy speak HTTP."
         )
+    if cfg.threads < 1:
+        found.append(
+            f"threads ({cfg.threads}): a process without a slot would run nothing. "
+            "Set --threads to 1 or more."
+        )
     if _is_over_bound(cfg, loaded):
         found.append(_over_bound(cfg, loaded))
     return found

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
 from .pages import LoadPage, MasterPage, ReplicaPage
@@ -150,7 +150,8 @@ class Loading:
 
 def _end(code: int) -> NoReturn:
     """No heartbeat is due while a process loads, so that gunicorn's `timeout` would not end it."""
-    start_new_thread(_end_for_sure, (code,))
+    with suppress(RuntimeError):  # threads are short
+        start_new_thread(_end_for_sure, (code,))
     sys.exit(code)
 
 

@@ -291,6 +291,7 @@ REASONS = {
         "max_replica_concurrency (1024) is less than workers x threads (33 x 32 = 1056). "
         "Raise it, or lower workers or threads."
     ),
+    "threads": "threads (0): a process without a slot would run nothing. Set --threads to 1 or more.",
 }
 REFUSED = {
     "reuse_port": ("--reuse-port",),
@@ -298,6 +299,7 @@ REFUSED = {
     "http2": ("--http2-cleartext", "prior-knowledge"),
     "protocol": ("--protocol", "uwsgi"),
     "bound": ("-w", "33", "--threads", "32"),
+    "threads": ("--threads", "0"),
 }
 SINCE = {"http2": (25, 1), "protocol": (25, 0)}
 
