@@ -291,7 +291,9 @@ REASONS = {
         "max_replica_concurrency (1024) is less than workers x threads (33 x 32 = 1056). "
         "Raise it, or lower workers or threads."
     ),
-    "threads": "threads (0): a process without a slot would run nothing. Set --threads to 1 or more.",
+    "threads": (
+        "threads (0): a process without a slot would run nothing. Set --threads to 1 or more."
+    ),
 }
 REFUSED = {
     "reuse_port": ("--reuse-port",),
