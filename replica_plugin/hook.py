@@ -235,7 +235,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         kill_workers(number)
 
     def wrapped_reexec() -> None:
-        reexec()
+        _reexec(arbiter, reexec)
         ours.tell()
 
     def wrapped_setup(app: Any) -> None:
@@ -262,6 +262,18 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         spawn_worker=wrapped_spawn_worker,
         handle_usr1=wrapped_usr1,
     )
+
+
+def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:
+    """Have gunicorn start another master. What it forks for that and cannot exec ends here: as
+    the copy of this master that it is, it would stop what is ours."""
+    try:
+        reexec()
+    except BaseException:
+        if os.getpid() == arbiter.pid:
+            raise
+        arbiter.log.exception("The new master cannot be started")
+        os._exit(1)
 
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
