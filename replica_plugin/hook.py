@@ -246,6 +246,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     def wrapped_reload() -> None:
         try:
             reload()
+            ours.reopen_logs()
         finally:
             ours.restore_timeout()
 

@@ -235,7 +235,7 @@ def test_statsd_counts_refusals_and_requests(start, stage):
             wanted -= {each for each in wanted if each in line}
 
 
-# USR1.
+# USR1, and HUP, which gunicorn has reopen its own logs, too.
 
 
 def files_of(pid):
@@ -244,8 +244,11 @@ def files_of(pid):
     return {link.rpartition("/")[2] for link in links if "/access" in link or "/error" in link}
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("capture", [(), ("--capture-output",)])
-def test_usr1_reopens_the_logs_of_all_processes_after_they_were_moved_away(start, stage, capture):
+def test_usr1_and_hup_reopen_the_logs_of_all_processes_after_they_were_moved_away(
+    start, stage, capture, number
+):
     server = start(
         "--access-logfile", "access", "--error-logfile", "error", *capture,
         bind=("unix:here",), listening_in="error", config={**FULL, "processes_per_replica": 1},
@@ -253,7 +256,10 @@ def test_usr1_reopens_the_logs_of_all_processes_after_they_were_moved_away(start
     refuse(server, stage)
     for name in ("access", "error"):
         (server.folder / name).rename(server.folder / f"{name}.1")
-    server.tell(signal.SIGUSR1)
+    before = server.workers
+    server.tell(number)
+    if number == signal.SIGHUP:
+        wait_for(lambda: not set(before) & set(server.workers), "the old process gone")
     everyone = [server.process.pid, server.supervisor, server.dispatcher, *server.workers]
     for pid in everyone:
         wait_for(lambda pid=pid: files_of(pid) == {"access", "error"}, "reopened")
