@@ -114,6 +114,18 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     _forget_modules(arbiter.cfg)
     if _master is not None:
         _master.tell()
+    elif boot.is_ours(arbiter.cfg):
+        _stay_without(arbiter)
+
+
+def _stay_without(arbiter: Arbiter) -> None:
+    """A reload has brought us, of whom gunicorn asks nothing any more before it forks (see above);
+    without a dispatcher workers of ours would end, and gunicorn with them."""
+    assert _loaded is not None
+    stays = boot.FALLBACKS[_loaded.settings.mode]
+    arbiter.log.error("A replica needs a restart of gunicorn; until then its own %s serves", stays)
+    arbiter.cfg.set("worker_class", stays)
+    arbiter.worker_class = arbiter.cfg.worker_class
 
 
 def check_config(cfg: Config, log: Any) -> None:

@@ -61,6 +61,7 @@ class Arbiter(Protocol):
     log: Any
     pid: int
     num_workers: int
+    worker_class: Any
     master_pid: int
     WORKERS: dict[int, Any]
     LISTENERS: list[Any]
