@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import select
 import signal
 import socket
 import subprocess
@@ -36,6 +35,7 @@ from .channel import control_pair
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
+from .heritage import is_dead
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
@@ -113,7 +113,7 @@ class Master:
 
     def before_fork(self, age: int) -> None:
         """A process of this age is about to be born: the moment to see that all are there."""
-        if _is_dead(self._supervisor_pidfd):
+        if is_dead(self._supervisor_pidfd):
             self._arbiter.log.error(
                 "The supervisor (pid %d) is gone: starting another", self._supervisor
             )
@@ -224,7 +224,7 @@ class Master:
             self._await_end("dispatcher", living[1], end)
 
     def _await_end(self, name: str, pidfd: int, end: float) -> None:
-        if not _is_dead(pidfd, max(0.0, end - time.monotonic())):
+        if not is_dead(pidfd, max(0.0, end - time.monotonic())):
             self._arbiter.log.warning("The %s has not ended in time: killing it", name)
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -276,10 +276,6 @@ class Master:
 def _next_signal(signals: Any) -> int:
     """The next of the arbiter's signals; a list before gunicorn 24. Raises Empty, IndexError."""
     return int(signals.pop(0) if isinstance(signals, list) else signals.get_nowait())
-
-
-def _is_dead(pidfd: int, patience: float = 0.0) -> bool:
-    return bool(select.select([pidfd], [], [], patience)[0])
 
 
 def _import_path() -> list[str]:
