@@ -109,6 +109,8 @@ class Master:
         """Take over settings, at the start and with each reload."""
         self.settings = settings
         self._graceful_timeout: int = self._arbiter.cfg.graceful_timeout
+        # Now, for the working directory may be deleted while we serve.
+        self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
         self.tell()
 
     def before_fork(self, age: int) -> None:
@@ -160,7 +162,7 @@ class Master:
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
             supervisor=self._supervisor,
-            ready_file=self.settings.ready_file and os.path.abspath(self.settings.ready_file),
+            ready_file=self._ready_file,
             shared=self._is_shared(),
             draining=self._draining,
             stop=self._stop,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 
 from server import IN_BOTH_MODES, wait_for
@@ -111,6 +112,15 @@ def test_a_file_whose_text_finds_no_room_is_not_there_until_it_does(tmp_path, mo
     assert os.listdir(tmp_path) == []
     file.show(str(path), True, 2.0)
     assert (os.listdir(tmp_path), path.read_text()) == (["ready"], "4711\n")
+
+
+def test_a_replica_whose_folder_is_deleted_goes_on(start):
+    server = start(config={"ready_file": "ready"})
+    (old,) = server.workers
+    shutil.rmtree(server.folder)
+    server.tell(signal.SIGKILL, old)
+    wait_for(lambda: server.workers not in ([], [old]), "another process")
+    wait_for(lambda: server.get("/hello").status == 200, "it serves")
 
 
 def test_a_file_that_cannot_be_written_is_told_and_serving_goes_on(start):
