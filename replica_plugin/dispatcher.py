@@ -36,7 +36,7 @@ from .decisions import Decisions
 from .doubts import Doubts
 from .guard import Guard
 from .head import Head
-from .heritage import Heritage
+from .heritage import Heritage, is_dead
 from .journal import Journal
 from .listeners import ACCEPTS, Listener
 from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
@@ -159,7 +159,7 @@ class Dispatcher:
             self._clients.on_listener(fd, now, min(ACCEPTS, events))
         elif fd == self._frame.master_pidfd:
             self._on_master_death(now)
-        elif fd in self._guard:
+        elif fd in self._guard and is_dead(fd):  # not an event of the number's last owner
             self._guard.died()
             self._tell_unguarded()
         elif fd in self._heritage:

@@ -50,6 +50,13 @@ class Heritage:
             os.close(pidfd)
 
 
+def is_dead(pidfd: int, patience: float = 0.0) -> bool:
+    """Whether the process has ended, or ends in so many seconds; what is no pidfd is dead, too."""
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    return bool(poll.poll(patience * 1000))
+
+
 def open_child(pid: int, parent: int) -> int | None:
     """A pidfd of a living child of this parent; None if the pid is nobody's or another's."""
     try:

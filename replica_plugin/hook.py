@@ -114,6 +114,18 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     _forget_modules(arbiter.cfg)
     if _master is not None:
         _master.tell()
+    elif boot.is_ours(arbiter.cfg):
+        _stay_without(arbiter)
+
+
+def _stay_without(arbiter: Arbiter) -> None:
+    """A reload has brought us, of whom gunicorn asks nothing any more before it forks (see above);
+    without a dispatcher workers of ours would end, and gunicorn with them."""
+    assert _loaded is not None
+    stays = boot.FALLBACKS[_loaded.settings.mode]
+    arbiter.log.error("A replica needs a restart of gunicorn; until then its own %s serves", stays)
+    arbiter.cfg.set("worker_class", stays)
+    arbiter.worker_class = arbiter.cfg.worker_class
 
 
 def check_config(cfg: Config, log: Any) -> None:
@@ -235,7 +247,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         kill_workers(number)
 
     def wrapped_reexec() -> None:
-        reexec()
+        _reexec(arbiter, reexec)
         ours.tell()
 
     def wrapped_setup(app: Any) -> None:
@@ -246,6 +258,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     def wrapped_reload() -> None:
         try:
             reload()
+            ours.reopen_logs()
         finally:
             ours.restore_timeout()
 
@@ -262,6 +275,18 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         spawn_worker=wrapped_spawn_worker,
         handle_usr1=wrapped_usr1,
     )
+
+
+def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:
+    """Have gunicorn start another master. What it forks for that and cannot exec ends here: as
+    the copy of this master that it is, it would stop what is ours."""
+    try:
+        reexec()
+    except BaseException:
+        if os.getpid() == arbiter.pid:
+            raise
+        arbiter.log.exception("The new master cannot be started")
+        os._exit(1)
 
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:

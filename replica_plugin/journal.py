@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import timedelta
 from http import HTTPStatus
 from typing import Any, NamedTuple
@@ -186,21 +187,22 @@ def _lines(text: bytes) -> tuple[str, str, str, list[tuple[str, str]]]:
 
 def _open(logging: Mapping[str, Any]) -> Logger:
     """gunicorn's logger; without a logconfig that needs the app's own modules."""
+    plain = {name: value for name, value in logging.items() if name not in _NOT_TEXT}
     try:
         return _logger(logging)
-    except OSError as error:
-        return _to_stderr(logging, error)
     except Exception as error:
-        plain = {name: value for name, value in logging.items() if name not in _NOT_TEXT}
-        logger = _open(plain)
-        logger.warning("The dispatcher logs without logconfig, which it cannot load: %s", error)
-        return logger
+        with suppress(Exception):
+            logger = _logger(plain)
+            logger.warning("The dispatcher logs without logconfig, which it cannot load: %s", error)
+            return logger
+        return _to_stderr(plain, error)
 
 
-def _to_stderr(logging: Mapping[str, Any], error: OSError) -> Logger:
-    """For files that cannot be opened any more, by a user who is not root: better than nothing."""
-    files = dict.fromkeys((*_NOT_TEXT, "accesslog", "capture_output"))
-    logger = _logger({**logging, **files, "errorlog": "-"})
+def _to_stderr(logging: Mapping[str, Any], error: Exception) -> Logger:
+    """For logs that cannot be opened, or not any more, by a user who is not root: better than
+    nothing, and than an end that each successor would share."""
+    others = dict.fromkeys((*_NOT_TEXT, "accesslog", "capture_output", "syslog"))
+    logger = _logger({**logging, **others, "errorlog": "-"})
     logger.error("The dispatcher logs to stderr, since it cannot open its log: %s", error)
     return logger
 

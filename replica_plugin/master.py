@@ -17,7 +17,6 @@ from __future__ import annotations
 import json
 import os
 import queue
-import select
 import signal
 import socket
 import subprocess
@@ -36,6 +35,7 @@ from .channel import control_pair
 from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
+from .heritage import is_dead
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .supervisor import Inheritance
@@ -61,6 +61,7 @@ class Arbiter(Protocol):
     log: Any
     pid: int
     num_workers: int
+    worker_class: Any
     master_pid: int
     WORKERS: dict[int, Any]
     LISTENERS: list[Any]
@@ -108,11 +109,13 @@ class Master:
         """Take over settings, at the start and with each reload."""
         self.settings = settings
         self._graceful_timeout: int = self._arbiter.cfg.graceful_timeout
+        # Now, for the working directory may be deleted while we serve.
+        self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
         self.tell()
 
     def before_fork(self, age: int) -> None:
         """A process of this age is about to be born: the moment to see that all are there."""
-        if _is_dead(self._supervisor_pidfd):
+        if is_dead(self._supervisor_pidfd):
             self._arbiter.log.error(
                 "The supervisor (pid %d) is gone: starting another", self._supervisor
             )
@@ -159,7 +162,7 @@ class Master:
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
             logging={name: _plain(cfg, name) for name in journal.SETTINGS},
             supervisor=self._supervisor,
-            ready_file=self.settings.ready_file and os.path.abspath(self.settings.ready_file),
+            ready_file=self._ready_file,
             shared=self._is_shared(),
             draining=self._draining,
             stop=self._stop,
@@ -223,7 +226,7 @@ class Master:
             self._await_end("dispatcher", living[1], end)
 
     def _await_end(self, name: str, pidfd: int, end: float) -> None:
-        if not _is_dead(pidfd, max(0.0, end - time.monotonic())):
+        if not is_dead(pidfd, max(0.0, end - time.monotonic())):
             self._arbiter.log.warning("The %s has not ended in time: killing it", name)
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
@@ -275,10 +278,6 @@ class Master:
 def _next_signal(signals: Any) -> int:
     """The next of the arbiter's signals; a list before gunicorn 24. Raises Empty, IndexError."""
     return int(signals.pop(0) if isinstance(signals, list) else signals.get_nowait())
-
-
-def _is_dead(pidfd: int, patience: float = 0.0) -> bool:
-    return bool(select.select([pidfd], [], [], patience)[0])
 
 
 def _import_path() -> list[str]:

@@ -67,6 +67,14 @@ def _to_read(fd: int) -> int:
         return os.dup(fd)
 
 
+def _locked_by(fd: int, start: int, length: int) -> int:
+    """The pid of the process that has locked these bytes, to the end with a length of 0; 0 if
+    none, or the caller, has."""
+    ask = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    kind, *_, pid = _LOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, ask))
+    return 0 if kind == fcntl.F_UNLCK else int(pid)
+
+
 class _Blob:
     """A JSON value in shared memory, in two places of which the older one is written.
 
@@ -195,18 +203,14 @@ class ReplicaPage(_Page):
 
     def find_living(self) -> tuple[int, int] | None:
         """Pid and pidfd of the dispatcher that lives, unless that is the caller."""
-        while pid := self._holder():
+        while pid := _locked_by(self.fd, 0, 0):
             with suppress(ProcessLookupError):
                 pidfd = os.pidfd_open(pid)
-                if self._holder() == pid:  # so it is this process, which the pidfd now keeps apart
+                # If it still has it, it is this process, which the pidfd now keeps apart.
+                if _locked_by(self.fd, 0, 0) == pid:
                     return pid, pidfd
                 os.close(pidfd)
         return None
-
-    def _holder(self) -> int:
-        ask = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        kind, *_, pid = _LOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_GETLK, ask))
-        return 0 if kind == fcntl.F_UNLCK else int(pid)
 
     def write(self, numbers: Numbers) -> None:
         self._memory[: _NUMBERS.size] = _NUMBERS.pack(*numbers)
@@ -261,13 +265,15 @@ class LoadPage:
 
     def take_turn(self, lane: int) -> bool:
         """Take the turn to load the app, if nobody else has it; there is one in each lane."""
-        return self._lock(lane)
+        try:
+            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, lane)
+        except OSError:
+            return False
+        return True
 
     def whose_turn(self, lane: int) -> int:
         """The pid of the process that has it; 0 if none, or the caller, has."""
-        ask = _LOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, lane, 1, 0)
-        kind, *_, pid = _LOCK.unpack(fcntl.fcntl(self.fd, fcntl.F_GETLK, ask))
-        return 0 if kind == fcntl.F_UNLCK else int(pid)
+        return _locked_by(self.fd, lane, 1)
 
     def end_turn(self, lane: int) -> None:
         fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, lane)
@@ -292,16 +298,9 @@ class LoadPage:
     def _noting(self) -> Iterator[None]:
         """One at a time; but in the end rather beside another than never."""
         until = time.monotonic() + _NOTE_TIME
-        while not self._lock(_NOTES) and time.monotonic() < until:
+        while not self.take_turn(_NOTES) and time.monotonic() < until:
             time.sleep(_MOMENT)
         try:
             yield
         finally:
-            fcntl.lockf(self.fd, fcntl.LOCK_UN, 1, _NOTES)
-
-    def _lock(self, byte: int) -> bool:
-        try:
-            fcntl.lockf(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, byte)
-        except OSError:
-            return False
-        return True
+            self.end_turn(_NOTES)

@@ -42,6 +42,7 @@ from .channel import (
     send_job,
 )
 from .deck import Deck
+from .heritage import is_dead
 
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
@@ -103,7 +104,7 @@ class Processes:
         """epoll has something to say about the control socket or a pidfd."""
         if fd == self._control.fileno():
             self._on_control(mask, now)
-        elif fd in self._by_pidfd and _is_dead(fd):  # not an event of the number's last owner
+        elif fd in self._by_pidfd and is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
 
     def watch(self, now: float) -> None:
@@ -168,7 +169,7 @@ class Processes:
             return
         try:
             send(link.channel, WELCOME, self._own_pidfd, self.deck.end.fileno())
-            if _is_dead(link.pidfd):
+            if is_dead(link.pidfd):
                 raise ProcessLookupError
         except OSError:  # the process is dead, or has made another offer meanwhile
             self._release(link)
@@ -181,7 +182,7 @@ class Processes:
     def _is_in_anothers_name(self, link: Link) -> bool:
         """Whether its age is another process's, or it has registered under another one."""
         return any(
-            (it.age == link.age) != (it.pid == link.pid) and not _is_dead(it.pidfd)
+            (it.age == link.age) != (it.pid == link.pid) and not is_dead(it.pidfd)
             for it in self.links.values()
         )
 
@@ -366,10 +367,3 @@ def _is_of(pidfd: int, pid: int) -> bool:
 def _end(link: Link) -> None:
     with suppress(OSError):  # it is dead already
         signal.pidfd_send_signal(link.pidfd, signal.SIGKILL)
-
-
-def _is_dead(pidfd: int) -> bool:
-    """Whether the process has ended; whatever is no pidfd counts as dead, too."""
-    poll = select.poll()
-    poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(0))

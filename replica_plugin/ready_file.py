@@ -51,6 +51,15 @@ def remove(path: str, master: int | None = None) -> None:
 
 
 def _write(path: str, master: int) -> None:
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
-    with open(fd, "w") as file:
-        file.write(f"{master}\n")
+    """It is there with its text or not at all: `remove` would leave an empty one."""
+    beside = f"{path}.{master}"
+    with suppress(FileNotFoundError):
+        os.unlink(beside)  # of a dispatcher that was killed right here
+    fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644)
+    try:
+        with open(fd, "w") as file:
+            file.write(f"{master}\n")
+        os.rename(beside, path)
+    except OSError:
+        os.unlink(beside)
+        raise

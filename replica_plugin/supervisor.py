@@ -85,7 +85,8 @@ def main(inherited: dict[str, Any]) -> None:
 def _settle(wishes: Wishes) -> None:
     """Give up privileges as gunicorn's workers do, and take all the descriptors we may."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(ValueError, OSError):  # where fs.nr_open has been lowered meanwhile
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     privileges = wishes.privileges
     util.set_owner_process(privileges.uid, privileges.gid, initgroups=privileges.initgroups)
 
@@ -133,12 +134,21 @@ class Supervisor:
         if self._replica_page.read().beat == math.inf:
             sys.exit(0)
         util._setproctitle("replica supervisor")
+        while True:
+            try:
+                self._pid, self._pidfd = self._find_living() or self._fork()
+                break
+            except OSError as error:  # no memory, processes or descriptors for now
+                self._journal.error("No dispatcher can be started: %s", error.strerror)
+                time.sleep(PAUSE)
         self._born = self._watched = time.monotonic()
-        living = self._replica_page.find_living()
-        self._pid, self._pidfd = living or self._fork()
-        if living:
-            self._journal.info("Watching over the dispatcher (pid %d) that is there", self._pid)
         self._poll.register(self._pidfd, select.POLLIN)
+
+    def _find_living(self) -> tuple[int, int] | None:
+        living = self._replica_page.find_living()
+        if living:
+            self._journal.info("Watching over the dispatcher (pid %d) that is there", living[0])
+        return living
 
     def _fork(self) -> tuple[int, int]:
         """Start a dispatcher: its pid and pidfd. The child never returns from here."""

@@ -460,3 +460,15 @@ def test_what_follows_an_answer_of_the_dispatchers_is_timed_soon(replica):
         replica.dispatcher.turn()
         assert replica.job() is not None
         assert replica.dispatcher._tick_at <= time.monotonic() + MOMENT
+
+
+def test_an_event_of_a_closed_pidfd_says_nothing_of_the_supervisor_that_has_its_number(
+    replica,
+):
+    """1. A nudge and the old supervisor's death come together.  2. The nudge closes that one's
+    pidfd, and the new one's has its number.  3. The death is of that number."""
+    guard = replica.dispatcher._guard
+    assert guard.told(os.getpid())
+    number = guard._pidfd
+    replica.dispatcher._on_other(number, select.EPOLLIN, time.monotonic(), 1)
+    assert number in guard

@@ -151,6 +151,22 @@ def test_a_changed_worker_class_is_refused_at_hup_and_serving_goes_on(start):
     assert server.get("/").status == 200
 
 
+def test_a_gunicorn_that_is_given_our_line_at_hup_serves_on_and_says_that_it_needs_a_restart(start):
+    server = start(base=(), files={"gunicorn.conf.py": ""}, config={"processes_per_replica": 2})
+    for n in (1, 2):
+        old = server.workers
+        (server.folder / "gunicorn.conf.py").write_text(IMPORT)
+        server.tell(signal.SIGHUP)
+        server.wait_log("A replica needs a restart", n)
+        wait_for(lambda old=old: not set(old) & set(server.workers), "new workers")
+        wait_for(lambda: len(server.workers) == 2, "two of them")
+        server.wait_ready()  # gunicorn's own reset connections while they reload
+    assert (
+        messages(server.log, "ERROR")
+        == ["A replica needs a restart of gunicorn; until then its own gthread serves"] * 2
+    )
+
+
 def test_what_cannot_hold_is_told_at_hup_and_left_alone(start):
     server = start(base=(), files={"gunicorn.conf.py": IMPORT})
     (server.folder / "gunicorn.conf.py").write_text(IMPORT + "reuse_port = True\n")

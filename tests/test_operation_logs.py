@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
 import socket
 from pathlib import Path
 
+import gunicorn
 import pytest
 from server import wait_for
 from test_hook_start import IMPORT
+
+from replica_plugin.journal import Journal
 
 FULL = {"max_replica_concurrency": 1}
 REFUSAL = '"GET /hello?q=1 HTTP/1.1" 503'
@@ -170,6 +174,41 @@ def test_a_logconfig_with_the_apps_own_classes_is_left_out_with_a_warning(start,
     server.wait_log(r"\[WARNING\] 503: The replica is full")
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"errorlog": "/none/log"}, "Error: '/none/log' isn't writable"),
+        ({"accesslog": "/none/log"}, "Error: '/none/log' isn't writable"),
+        ({"errorlog": "/none/log", "capture_output": True}, "No such file or directory"),
+        ({"syslog": True, "syslog_facility": "none"}, "unknown facility name"),
+        ({"syslog": True, "syslog_addr": "tcp://127.0.0.1:1"}, "Connection refused"),
+        ({"syslog": True, "syslog_addr": "none"}, "invalid syslog address"),
+        ({"errorlog": "/none/log", "logconfig": "/none"}, "Error: '/none/log' isn't writable"),
+    ],
+)
+def test_helpers_whose_log_cannot_be_opened_log_to_stderr(capsys, settings, reason):
+    try:
+        Journal({"errorlog": "-", "loglevel": "info", **settings}).info("here")
+    finally:
+        for name in ("gunicorn.error", "gunicorn.access"):
+            logging.getLogger(name).handlers.clear()
+    told, here = capsys.readouterr().err.splitlines()
+    assert "[ERROR] The dispatcher logs to stderr, since it cannot open its log: " in told
+    assert reason in told
+    assert here.endswith("[INFO] here")
+
+
+@pytest.mark.skipif(gunicorn.version_info < (27,), reason="gunicorn opens its logs at the start")
+def test_a_log_that_cannot_be_opened_after_hup_ends_no_helper(start):
+    server = start(base=(), files={"gunicorn.conf.py": IMPORT})
+    family = server.supervisor, server.dispatcher
+    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "errorlog = '/none/log'\n")
+    server.tell(signal.SIGHUP)
+    server.wait_log("The dispatcher logs to stderr, since it cannot open its log: ", 2)
+    assert server.get("/hello").status == 200
+    assert (server.supervisor, server.dispatcher) == family
+
+
 def test_syslog_gets_what_the_dispatcher_says(start, stage):
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as syslog:
         syslog.bind(("127.0.0.1", 0))
@@ -196,7 +235,7 @@ def test_statsd_counts_refusals_and_requests(start, stage):
             wanted -= {each for each in wanted if each in line}
 
 
-# USR1.
+# USR1, and HUP, which gunicorn has reopen its own logs, too.
 
 
 def files_of(pid):
@@ -205,8 +244,11 @@ def files_of(pid):
     return {link.rpartition("/")[2] for link in links if "/access" in link or "/error" in link}
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
 @pytest.mark.parametrize("capture", [(), ("--capture-output",)])
-def test_usr1_reopens_the_logs_of_all_processes_after_they_were_moved_away(start, stage, capture):
+def test_usr1_and_hup_reopen_the_logs_of_all_processes_after_they_were_moved_away(
+    start, stage, capture, number
+):
     server = start(
         "--access-logfile", "access", "--error-logfile", "error", *capture,
         bind=("unix:here",), listening_in="error", config={**FULL, "processes_per_replica": 1},
@@ -214,7 +256,10 @@ def test_usr1_reopens_the_logs_of_all_processes_after_they_were_moved_away(start
     refuse(server, stage)
     for name in ("access", "error"):
         (server.folder / name).rename(server.folder / f"{name}.1")
-    server.tell(signal.SIGUSR1)
+    before = server.workers
+    server.tell(number)
+    if number == signal.SIGHUP:
+        wait_for(lambda: not set(before) & set(server.workers), "the old process gone")
     everyone = [server.process.pid, server.supervisor, server.dispatcher, *server.workers]
     for pid in everyone:
         wait_for(lambda pid=pid: files_of(pid) == {"access", "error"}, "reopened")

@@ -7,7 +7,7 @@ import time
 
 import pytest
 from server import OURS, STOCK, Pending, is_supervisor, wait_for
-from test_hook_start import APP, COMMAND
+from test_hook_start import APP, COMMAND, IMPORT
 
 BROKEN_APPS = {
     "no module": ("missing:app", {}, 3, "ModuleNotFoundError: No module named 'missing'"),
@@ -79,6 +79,17 @@ def test_a_new_master_that_is_stopped_leaves_the_old_one_as_it_was(start):
     assert ask.stop() == {200}
     assert server.get("/numbers").json["pid"] in server.workers
     server.wait_numbers(processes=1)
+
+
+def test_a_new_master_that_cannot_be_started_leaves_the_old_one_as_it_was(start):
+    failing = IMPORT + "def pre_exec(server):\n    1 / 0\n"
+    server = start(base=(), files={"gunicorn.conf.py": failing})
+    family = [server.supervisor, server.dispatcher, *server.workers]
+    server.tell(signal.SIGUSR2)
+    server.wait_log(r"\[ERROR\] The new master cannot be started\nTraceback")
+    wait_for(lambda: len(server.children()) == 2, "its end")
+    assert server.get("/hello").status == 200
+    assert [server.supervisor, server.dispatcher, *server.workers] == family
 
 
 def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, stage):

@@ -5,11 +5,16 @@ That depends on the mode where processes become ready; the rest is up to dispatc
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 
 from server import IN_BOTH_MODES, wait_for
 from test_hook_start import COMMAND
+
+from replica_plugin import ready_file
+from replica_plugin.ready_file import ReadyFile
 
 CONFIG = {"processes_per_replica": 2, "threads_per_process": 2, "ready_file": "ready"}
 
@@ -89,6 +94,33 @@ def test_hup_takes_another_file(start):
     server.tell(signal.SIGHUP)
     wait_for((server.folder / "other").exists, "the other")
     wait_for(lambda: not shown(server), "the end of the first")
+
+
+def test_a_file_whose_text_finds_no_room_is_not_there_until_it_does(tmp_path, monkeypatch):
+    told, path = [], tmp_path / "ready"
+    file = ReadyFile(4711, told.append)
+    (tmp_path / "ready.4711").touch()  # as one leaves it who is killed before it is written
+
+    def full(fd, *_):
+        os.close(fd)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ready_file, "open", full, raising=False)
+        file.show(str(path), True, 1.0)
+    assert told == [f"ready_file {path} cannot be kept: No space left on device"]
+    assert os.listdir(tmp_path) == []
+    file.show(str(path), True, 2.0)
+    assert (os.listdir(tmp_path), path.read_text()) == (["ready"], "4711\n")
+
+
+def test_a_replica_whose_folder_is_deleted_goes_on(start):
+    server = start(config={"ready_file": "ready"})
+    (old,) = server.workers
+    shutil.rmtree(server.folder)
+    server.tell(signal.SIGKILL, old)
+    wait_for(lambda: server.workers not in ([], [old]), "another process")
+    wait_for(lambda: server.get("/hello").status == 200, "it serves")
 
 
 def test_a_file_that_cannot_be_written_is_told_and_serving_goes_on(start):

@@ -180,7 +180,7 @@ def main(kind: str, requests: int) -> None:
     except OSError:  # valgrind does not know it; and it is slow, which must not show
         os.pidfd_open = lambda *_: os.eventfd(0)
         processes._is_of = lambda *_: True
-        processes._is_dead = lambda pidfd: False
+        processes.is_dead = lambda pidfd: False
         calls = itertools.count()
         time.monotonic = lambda: next(calls) * LOOK
     serve = KINDS[kind]()
