@@ -256,9 +256,11 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         _after_reload(arbiter, ours)
 
     def wrapped_reload() -> None:
+        moved = ours.logs_were_moved()  # gunicorn opens its own anew
         try:
             reload()
-            ours.reopen_logs()
+            if moved:
+                ours.reopen_logs()
         finally:
             ours.restore_timeout()
 

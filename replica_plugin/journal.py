@@ -7,15 +7,17 @@ are one line at once, and then one a while for all that followed.
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
 from http import HTTPStatus
+from logging import FileHandler
 from typing import Any, NamedTuple
 
 from gunicorn.config import Config
-from gunicorn.glogging import Logger
+from gunicorn.glogging import Logger, loggers
 
 from .answers import Answer
 from .channel import Stall
@@ -175,6 +177,25 @@ class Journal:
         sent = 0 if method == "HEAD" else len(answer.content(head)[1])
         response = _Response(status, sent, [])
         self._logger.access(response, _Request(headers), environ, timedelta(seconds=seconds))
+
+
+def were_moved() -> bool:
+    """Whether a file that this process logs to is not there any more by its name."""
+    return any(
+        isinstance(handler, FileHandler) and not _is_there(handler)
+        for logger in loggers()
+        for handler in logger.handlers
+    )
+
+
+def _is_there(handler: FileHandler) -> bool:
+    try:
+        here = os.stat(handler.baseFilename)
+        return handler.stream is not None and os.path.samestat(
+            here, os.fstat(handler.stream.fileno())
+        )
+    except (OSError, ValueError):  # ValueError: it was closed
+        return False
 
 
 def _lines(text: bytes) -> tuple[str, str, str, list[tuple[str, str]]]:

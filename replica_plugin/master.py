@@ -235,6 +235,11 @@ class Master:
         self._reopen += 1
         self.tell()
 
+    def logs_were_moved(self) -> bool:
+        """Whether there is something to reopen. Dispatcher and supervisor may not be allowed to
+        look, if they have given up root's privileges, nor to open it again."""
+        return journal.were_moved()
+
     def in_worker(self) -> None:
         """We are in a forked worker, which runs the app: let go of what only the master needs."""
         for listener in self._arbiter.LISTENERS:

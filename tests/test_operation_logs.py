@@ -14,7 +14,7 @@ import pytest
 from server import wait_for
 from test_hook_start import IMPORT
 
-from replica_plugin.journal import Journal
+from replica_plugin.journal import Journal, were_moved
 
 FULL = {"max_replica_concurrency": 1}
 REFUSAL = '"GET /hello?q=1 HTTP/1.1" 503'
@@ -196,6 +196,22 @@ def test_helpers_whose_log_cannot_be_opened_log_to_stderr(capsys, settings, reas
     assert "[ERROR] The dispatcher logs to stderr, since it cannot open its log: " in told
     assert reason in told
     assert here.endswith("[INFO] here")
+
+
+def test_a_hup_has_logs_reopened_only_if_they_were_moved_away(tmp_path):
+    """Who may not open them again, having given up root's privileges, goes on with them."""
+    handler = logging.FileHandler(tmp_path / "error")
+    logger = logging.getLogger("gunicorn.error")
+    logger.addHandler(handler)
+    try:
+        assert not were_moved()
+        (tmp_path / "error").rename(tmp_path / "error.1")
+        assert were_moved()
+        (tmp_path / "error").write_text("another's")
+        assert were_moved()
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
 
 
 @pytest.mark.skipif(gunicorn.version_info < (27,), reason="gunicorn opens its logs at the start")
