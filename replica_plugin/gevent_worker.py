@@ -124,6 +124,7 @@ class GeventWorker(ReplicaWorker):
                     return
         except Exception:
             self.log.exception("A slot failed")
+            self.alive = False
         self._working -= 1
         self._wake_attendant()
         if not self._working:

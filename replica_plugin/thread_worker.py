@@ -42,11 +42,17 @@ class ThreadWorker(ReplicaWorker):
             threading.Thread(target=self._run_slot, args=(slot,), name=name, daemon=True).start()
         self._attend()
 
+    def _part_from_parent(self) -> None:
+        """A child whose code comes back to the slot it was forked in ends there."""
+        super()._part_from_parent()
+        self.serving = False
+
     def _run_slot(self, slot: Slot) -> None:
         try:
             slot.run()
-        except Exception:
+        except Exception:  # raised by the app in this thread, late, say: it is a slot less now
             self.log.exception("A slot failed")
+            self.alive = False
         finally:
             with self._change:
                 self._working -= 1

@@ -23,6 +23,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from contextlib import suppress
 from typing import Any
@@ -147,17 +148,31 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._working = count
         self._nowhere, other = socketpair(socket.SOCK_SEQPACKET)
         other.close()
-        os.register_at_fork(after_in_child=self._part_from_parent)
+        self._forking = threading.local()
+        os.register_at_fork(
+            before=self._hold_signals,
+            after_in_parent=self._let_signals_come,
+            after_in_child=self._part_from_parent,
+        )
         self._serve(self._slots)
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
 
+    def _hold_signals(self) -> None:
+        """The app forks: what the child is sent at once waits until it has parted from us."""
+        self._forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, hook.ENDINGS)
+
+    def _let_signals_come(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._forking.mask)
+
     def _part_from_parent(self) -> None:
         """A child that the app forks, in which gevent's hub turns on, takes no requests of ours.
 
-        There may be no descriptor left for that; so `_nowhere` was made before.
+        There may be no descriptor left for that; so `_nowhere` was made before. Nor does it answer
+        any. It ends when told to, which our handlers would ignore, and its parent, whose attendant
+        reads the same pipe, take for its own.
         """
         if self._channel is not None:
             for end in (self._channel.sock, self._channel.deck):
@@ -166,6 +181,12 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         for slot in self._slots:
             slot.forget()
         self._cells.part()
+        self._cells.silence()
+        signal.set_wakeup_fd(-1)
+        for number in hook.ENDINGS:
+            if signal.getsignal(number) in (self.handle_exit, self.handle_quit):
+                signal.signal(number, signal.SIG_DFL)
+        self._let_signals_come()
 
     # What each mode does in its own way.
 

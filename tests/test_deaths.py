@@ -364,6 +364,74 @@ def test_a_child_forked_before_a_new_channel_is_taken_up_takes_no_requests_from_
         server.tell(KILL, child)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGQUIT])
+def test_a_child_that_the_app_has_forked_ends_when_told_to_and_its_parent_serves_on(
+    start, stage, number
+):
+    server = start(config=ONE)
+    before = server.workers
+    child = server.get("/child").json
+    server.tell(number, child)
+    wait_for(lambda: child not in server.children(before[0]), "the child's end")
+    holds_all_slots(server, stage, 0, 1)
+    assert server.workers == before
+
+
+COMES_BACK = """
+import os
+
+def application(environ, start_response):
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+    start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "6")])
+    return [b"parent" if child else b"child!"]
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_child_that_comes_back_from_the_app_answers_nobody_and_ends(start, mode, threads):
+    if mode == "gevent":
+        pytest.skip("it goes on with what its parent's other greenlets were doing")
+    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    server = start(config=config, app="forking:application", files={"forking.py": COMES_BACK})
+    with server.connect() as client:
+        assert [client.get("/").body for _ in range(3)] == [b"parent"] * 3
+
+
+LATE = """
+import ctypes, threading
+from served_app import HANDLERS, application, hello
+
+def late(environ, start_response, rest):
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    for thread in threading.enumerate():
+        if thread.name.startswith("replica-slot") and thread is not threading.current_thread():
+            raise_in(ctypes.c_ulong(thread.ident), ctypes.py_object(RuntimeError))
+    return hello(environ, start_response, rest)
+
+HANDLERS["late"] = late
+"""
+
+
+def test_a_process_that_has_lost_a_slot_to_a_late_exception_of_the_apps_is_replaced(
+    start, stage, mode
+):
+    """It is raised when the slot has taken its next request, of which nobody knows then."""
+    if mode == "gevent":
+        pytest.skip("its slots are in one thread")
+    config = {"processes_per_replica": 1, "threads_per_process": 2}
+    server = start(config=config, app="late:application", files={"late.py": LATE})
+    assert server.get("/late").status == 200
+    (before,) = server.workers
+    clients = hold(server, 0, 2)
+    for _ in clients:
+        stage.next().finish()
+    wait_for(lambda: before not in server.workers, "its end")
+    assert [client.reply().status for client in clients] == [200, 200]
+    holds_all_slots(server, stage, 0, 2)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
 def test_a_process_whose_descriptors_the_app_has_closed_ends_and_is_replaced(start, stage, config):
     server = start("--timeout", "0", config=config)

@@ -267,6 +267,7 @@ def test_what_a_child_that_the_app_forks_ends_does_not_end_for_its_parent(start)
     client = server.connect().ask("/wait")
     server.wait_numbers(running=1)
     assert server.get("/fork").body == b"2"
+    assert (client.reply().body, client.get("/fork").body) == (b"-", b"1")  # not "-" of the child
     client.close()
 
 
