@@ -256,13 +256,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         _after_reload(arbiter, ours)
 
     def wrapped_reload() -> None:
-        moved = ours.logs_were_moved()  # gunicorn opens its own anew
-        try:
-            reload()
-            if moved:
-                ours.reopen_logs()
-        finally:
-            ours.restore_timeout()
+        ours.reload(reload)
 
     def wrapped_usr1() -> None:
         handle_usr1()

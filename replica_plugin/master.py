@@ -22,6 +22,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -235,10 +236,16 @@ class Master:
         self._reopen += 1
         self.tell()
 
-    def logs_were_moved(self) -> bool:
-        """Whether there is something to reopen. Dispatcher and supervisor may not be allowed to
-        look, if they have given up root's privileges, nor to open it again."""
-        return journal.were_moved()
+    def reload(self, reload: Callable[[], None]) -> None:
+        """HUP. gunicorn opens its logs anew. Dispatcher and supervisor do only if that is needed:
+        having given up root's privileges they may not be allowed to."""
+        moved = journal.were_moved()
+        try:
+            reload()
+            if moved:
+                self.reopen_logs()
+        finally:
+            self.restore_timeout()
 
     def in_worker(self) -> None:
         """We are in a forked worker, which runs the app: let go of what only the master needs."""
