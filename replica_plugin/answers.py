@@ -6,7 +6,7 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from functools import lru_cache
 from http import HTTPStatus
@@ -26,11 +26,16 @@ _JSON = re.compile(
 
 @dataclass(frozen=True)
 class Answer:
-    """A status and one sentence; `retry_after` in whole seconds."""
+    """A status and one sentence; `retry_after` in whole seconds.
+
+    The log says `rule` instead, where the sentence has a figure of the client's own: what repeats
+    itself is counted there, and a client must not make it something else each time.
+    """
 
     status: int
     text: str
     retry_after: int | None = None
+    rule: str = field(default="", compare=False)
 
     def encode(self, head: bytes, keep_alive: bool, bodiless: bool) -> bytes:
         """The bytes for the client whose request had this head: JSON if it accepts JSON."""
@@ -121,11 +126,12 @@ def refusal(
         )
         return Answer(503, text, 1)
     if why is Why.WAITED:
-        name, limit = "queue_timeout", rules.wait_limit
+        name, limit, rule = "queue_timeout", rules.wait_limit, ""
         if patience < limit:
             name, limit = "X-Queue-Timeout", patience
+            rule = "No slot became free within the client's X-Queue-Timeout."
         text = f"No slot became free within {name} ({_seconds(limit)})."
-        return Answer(503, text, retry_after)
+        return Answer(503, text, retry_after, rule)
     return Answer(503, "The server is shutting down, and no slot became free in time.", 1)
 
 

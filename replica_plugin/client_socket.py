@@ -173,6 +173,8 @@ class ClientSocket(Socket):
         here = max(0, size - self._room()) if self._finishing else size
         sent = 0
         try:
+            if here:  # the kernel may have had no room for the head
+                self._send_first(self._left_size)
             while sent < here:
                 part = self._sendfile_some(fd, offset + sent, here - sent)
                 if part == 0:
@@ -204,6 +206,9 @@ class ClientSocket(Socket):
             self._send_first(self._left_size)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
+        except BaseException:
+            self.trouble = InterruptedWriteError()
+            raise
 
     def _write(self, data: Any) -> None:
         """Send everything. Raises SendTimeoutError when the client takes nothing for too long."""

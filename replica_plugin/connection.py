@@ -132,4 +132,5 @@ class Connection:
         self.chunks = None
         self.arrived = 0
         self.request = 0
+        self.ready_at = 0.0
         self.state = State.ARRIVING

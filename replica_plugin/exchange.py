@@ -161,7 +161,7 @@ class Exchange:
     def _after(self, environ: dict[str, Any], response: Any) -> None:
         try:
             self._cfg.post_request(self._worker, self._request, environ, response)
-        except Exception:
+        except BaseException:
             self._log.exception("Exception in post_request hook")
 
     # The end.
@@ -210,6 +210,9 @@ class Exchange:
         if isinstance(error, OverdueError):
             self._sock.discard()
             return End.LINGER if self._sock.written else self._overdue()
+        if self._sock.answering and not isinstance(error, _CutShortError):
+            self._log.exception("Error after the response to %s", self._request.uri)
+            return End.LINGER
         if not isinstance(error, _CutShortError):
             self._worker.handle_error(self._request, self._sock, self._job.client, error)
             return self._told()

@@ -137,7 +137,7 @@ class GeventWorker(ReplicaWorker):
         return self._channel if self.serving else None
 
     def lost(self, channel: ProcessEnd) -> None:
-        if self._channel is channel:
+        if self._channel is channel and self.serving:  # else `dismissed` has shut it
             self._channel = None
 
     def _take_up(self, sock: socket.socket, deck: socket.socket) -> None:

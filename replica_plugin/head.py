@@ -22,7 +22,7 @@ _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(?:(\d+)[ \t]*)?(?=\r\n)")
 _CODINGS = re.compile(rb"\r\ntransfer-encoding:([^\r\n]*)(?=\r\n)")
 _BEFORE_CHUNKED = (b"identity", b"gzip", b"deflate", b"compress")
 _PATIENCE = re.compile(rb"\r\nx-queue-timeout:[ \t]*(\d{1,9}(?:\.\d{1,9})?)[ \t]*(?=\r\n)")
-_CONNECTION = re.compile(rb"\r\nconnection:([^\r\n]*)\r\n", re.IGNORECASE)
+_CONNECTION = re.compile(rb"\r\nconnection:([^\r\n]*)(?=\r\n)", re.IGNORECASE)
 _PLAIN = re.compile(
     rb"(?:\r\n)?[!-~]+ [!-~]+ HTTP/1\.\d\r\n"
     rb"(?:[!#$%&'*+\-.^_`|~0-9A-Za-z]+:[\t -~\x80-\xff]*\r\n)*\r\n"
@@ -64,8 +64,8 @@ class Head(NamedTuple):
     @property
     def keeps_alive(self) -> bool:
         """Whether the client expects to use the connection again (RFC 9112, section 9.3)."""
-        field = _CONNECTION.search(self.text)
-        options = {each.strip(b" \t") for each in field[1].lower().split(b",")} if field else set()
+        fields = b",".join(_CONNECTION.findall(self.text)).lower()
+        options = {each.strip(b" \t") for each in fields.split(b",")}
         if b"close" in options:
             return False
         return b"keep-alive" in options or b" HTTP/1.0\r\n" not in self.text

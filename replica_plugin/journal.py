@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
@@ -35,6 +36,7 @@ SETTINGS = (
 )  # fmt: skip
 """gunicorn's settings that decide where and how is logged."""
 
+_CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f-\x9f]")  # no parser has refused them before us
 _NOT_TEXT = ("logconfig", "logconfig_dict", "logconfig_json")
 
 
@@ -92,7 +94,7 @@ class Journal:
     def answered(self, conn: Connection, answer: Answer, now: float) -> None:
         """A request was answered without a slot, or in place of a slot that died."""
         self._access(conn, answer, max(0.0, now - conn.ready_at) if conn.ready_at else 0.0)
-        self._warn(f"{answer.status}: {answer.text}", now)
+        self._warn(f"{answer.status}: {answer.rule or answer.text}", now)
 
     def spared(self, bound: int, now: float) -> None:
         """A request was let in that a bound in earnest would have refused."""
@@ -200,10 +202,15 @@ def _is_there(handler: FileHandler) -> bool:
 
 def _lines(text: bytes) -> tuple[str, str, str, list[tuple[str, str]]]:
     """Request line and headers of a head, `-` for what is not there."""
-    first, *rest = text.decode("latin-1").strip("\r\n").split("\r\n")
+    lines = text.decode("latin-1").strip("\r\n").split("\r\n")
+    first, *rest = (_CONTROL.sub(_escaped, line) for line in lines)
     words = [*first.split(" "), "-", "-", "-"] if first else ["-", "-", "-"]
     headers = [line.partition(":") for line in rest]
     return words[0], words[1], words[2], [(name, value.strip()) for name, _, value in headers]
+
+
+def _escaped(character: re.Match[str]) -> str:
+    return f"\\x{ord(character[0]):02x}"
 
 
 def _open(logging: Mapping[str, Any]) -> Logger:

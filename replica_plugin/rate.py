@@ -32,9 +32,9 @@ class Rate:
     def seconds_for(self, count: int, now: float) -> int:
         """Whole seconds, 1 to 60, in which so many more will happen at this rate."""
         rate = self.per_second(now)
-        if rate <= 0:
+        if count >= 60 * rate:
             return 60
-        return max(1, min(60, math.ceil(count / rate)))
+        return max(1, math.ceil(count / rate))
 
     def _faded(self, now: float) -> float:
         return self._weight * math.exp((self._last - now) / WINDOW)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 
@@ -23,8 +25,9 @@ def client_socket(
     fd: int,
     kind: type[ClientSocket] = ClientSocket,
     complete: Callable[[], None] = lambda: None,
+    room: int = 0,
 ) -> ClientSocket:
-    return kind(family, socket.SOCK_STREAM, fd, lambda: True, complete, room=lambda: 0)
+    return kind(family, socket.SOCK_STREAM, fd, lambda: True, complete, room=lambda: room)
 
 
 def test_that_a_response_is_complete_is_said_once_and_before_its_last_byte():
@@ -75,3 +78,42 @@ def test_a_timeout_that_the_app_gives_new_sockets_is_not_the_client_s():
     with theirs, sock:
         assert sock.gettimeout() is None
         assert os.get_blocking(sock.fileno())
+
+
+def test_a_file_comes_behind_its_head_also_when_the_head_had_no_room(tmp_path):
+    """The client reads late, and the file is larger than what may be left to the dispatcher."""
+    (tmp_path / "file").write_bytes(b"f" * 3000)
+    theirs, ours = socket.socketpair()
+    filled = 0
+    with suppress(BlockingIOError):
+        while True:
+            filled += ours.send(b"x" * 1000, socket.MSG_DONTWAIT)
+    sock = client_socket(ours.family, ours.detach(), room=1000)
+    received: list[bytes] = []
+
+    def read() -> None:
+        while sum(map(len, received)) < filled + len("head:") + 3000:
+            received.append(theirs.recv(1000))
+
+    reader = threading.Thread(target=read)
+    with theirs, sock, open(tmp_path / "file", "rb") as file:
+        sock.finish()
+        sock.sendall(b"head:")
+        sock.flush()
+        reader.start()
+        assert sock.sendfile(file) == 3000
+        sock.send_left()
+        reader.join()
+    assert b"".join(received)[filled:] == b"head:" + b"f" * 3000
+
+
+def test_nothing_follows_a_rest_whose_sending_was_interrupted():
+    theirs, ours = socket.socketpair()
+    sock = client_socket(ours.family, ours.detach(), Interrupted, room=1 << 30)
+    with theirs, sock:
+        sock.finish()
+        sock.sendall(b"x" * (1 << 24))
+        sock.flush()
+        with pytest.raises(KeyboardInterrupt):
+            sock.send_left()
+        assert isinstance(sock.trouble, InterruptedWriteError)

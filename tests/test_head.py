@@ -165,6 +165,8 @@ def test_a_malformed_request_line_leaves_the_method_empty(line):
         (b"1.1", b"Connection:close\r\n", False),
         (b"1.1", b"CONNECTION: keep-alive\r\n", True),
         (b"1.1", b"Connection: upgrade\r\n", True),
+        (b"1.1", b"Connection: keep-alive\r\nConnection: close\r\n", False),
+        (b"1.0", b"Connection: x\r\nA: b\r\nConnection: keep-alive\r\n", True),
         (b"1.0", b"", False),
         (b"1.0", b"Connection: \tKeep-Alive \r\n", True),
         (b"1.0", b"Connection: close\r\n", False),

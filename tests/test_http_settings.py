@@ -9,6 +9,7 @@ import socket
 import pytest
 from server import IN_BOTH_MODES, STOCK, STOCK_GEVENT, Server, wait_for
 from stage import PATIENCE
+from test_hook_start import IMPORT
 from wire import AGAIN, Pair, Wire, chunked, post, request, start_pair
 
 pytestmark = IN_BOTH_MODES
@@ -190,6 +191,15 @@ def test_refusals_are_in_the_access_log_with_their_true_sizes(module_start):
         server.wait_log(rf"log: {method} /{method} HTTP/1.1 503 {len(reply.body)}\n")
     actor.finish()
     assert held.result().status == 200
+
+
+def test_a_hook_that_wants_to_end_the_process_writes_no_second_response(module_start):
+    text = "def post_request(worker, req, environ, resp):\n    raise SystemExit('not here')\n"
+    server = module_start(files={"gunicorn.conf.py": IMPORT + text}, base=())
+    with Wire(server.address) as wire:
+        for _ in range(3):
+            assert wire.send(request("/hello")).reply().status == 200
+    server.wait_log("Exception in post_request hook")
 
 
 def test_connection_is_closed_after_each_request_with_keepalive_0(module_start):

@@ -8,12 +8,17 @@ import re
 import signal
 import socket
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import gunicorn
 import pytest
 from server import wait_for
 from test_hook_start import IMPORT
 
+from replica_plugin.actions import Why
+from replica_plugin.answers import refusal
+from replica_plugin.decisions import Rules
 from replica_plugin.journal import Journal, were_moved
 
 FULL = {"max_replica_concurrency": 1}
@@ -85,6 +90,35 @@ def test_the_log_level_holds_for_the_dispatcher(start, stage):
     refuse(server, stage)
     server.stop()
     assert server.log == ""
+
+
+def test_a_client_that_is_refused_writes_no_lines_of_its_own_into_the_access_log(start, stage):
+    """What gunicorn's parser would have refused, nobody has parsed."""
+    server = start("--access-logfile", "access", config=FULL)
+    held = server.later("/hold/x")
+    actor = stage.next()
+    forged = 'a\n10.0.0.1 - - "GET /admin HTTP/1.1" 200\r\x1b[2J\x9b'
+    with server.connect() as client:
+        client.send(f"GET /hello?q={forged} HTTP/1.1\r\nHost: a\r\nUser-Agent: {forged}\r\n\r\n")
+        assert client.reply().status == 503
+    actor.finish()
+    assert held.result().status == 200
+    access = server.folder / "access"
+    wait_for(lambda: "/hold/x" in access.read_text(), "the other request's line")
+    refused, _ = access.read_text().split("\n", 1)
+    assert access.read_text().count("\n") == 2
+    assert refused.count(r"a\x0a10.0.0.1") == 2
+    assert not set(refused) & set("\r\x1b\x9b")
+
+
+def test_a_client_cannot_make_each_of_its_refusals_a_warning_of_its_own():
+    journal = Journal({"errorlog": "/dev/null", "loglevel": "error"})
+    conn: Any = SimpleNamespace(ready_at=0.0)
+    for n in range(100):
+        answer = refusal(Why.WAITED, Rules(), 503, 1, patience=n / 100)
+        assert f"({n / 100:g} s)" in answer.text
+        journal.answered(conn, answer, 0.0)
+    assert list(journal._held.values()) == [99]
 
 
 @pytest.mark.parametrize(("before", "after"), [("error", "warning"), ("warning", "error")])

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import socket
+import threading
 from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 from server import wait_for
 from stage import PATIENCE
 
-from replica_plugin import registration, worker
+from replica_plugin import gevent_worker, registration, thread_worker, worker
 from replica_plugin.cells import Cells
 from replica_plugin.channel import (
     LEAVING,
@@ -156,3 +157,17 @@ def test_a_process_says_that_it_wants_to_leave_until_it_could(monkeypatch):
     assert theirs.recv(100, socket.MSG_DONTWAIT) == LEAVING
     with pytest.raises(BlockingIOError):  # it is said once
         theirs.recv(100, socket.MSG_DONTWAIT)
+
+
+@pytest.mark.parametrize("mode", ["thread", "gevent"])
+def test_a_dismissed_process_knows_its_dispatcher_though_slots_read_the_end_of_the_channel(mode):
+    """It has something to say yet: that a request is overdue. `dismissed` has shut the channel."""
+    kind = thread_worker.ThreadWorker if mode == "thread" else gevent_worker.GeventWorker
+    process: Any = object.__new__(kind)
+    channel = ProcessEnd(*pair())
+    process.__dict__.update(_change=threading.Condition(), _channel=channel, serving=False)
+    process.lost(channel)
+    assert process._channel is channel
+    process.serving = True
+    process.lost(channel)
+    assert process._channel is None
