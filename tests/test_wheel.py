@@ -81,8 +81,8 @@ def test_wheel_in_an_empty_environment_shows_the_demo_and_serves(
     server = start(
         command=(str(commands / "gunicorn"),),
         app="replica_plugin.demo.app:app",
-        config={"processes_per_replica": 2},
+        config={"threads_per_process": 2},
         env=ENV,
     )
-    assert "Replica: 2 processes x 1 thread" in server.log
+    assert "Replica: 1 process x 2 threads" in server.log
     assert server.get("/-/readyz").body == b"ready\n"
