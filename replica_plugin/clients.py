@@ -38,6 +38,7 @@ from .rules import Serving
 
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 LEFT: int = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
+BACKLOG = 4096  # connections: as many as the kernel lets wait, by default (somaxconn)
 HEAD_KEPT = 1 << 14  # bytes of a waiting request's head: for an answer, and the log
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
@@ -60,6 +61,7 @@ class Clients:
         self, epoll: select.epoll, listeners: Iterable[Listener], serving: Serving, judge: Judge
     ) -> None:
         self.connections: dict[int, Connection] = {}
+        self._limits = b"", b""
         self.listeners = Listeners(epoll, listeners)
         self._epoll = epoll
         self._judge = judge
@@ -75,7 +77,11 @@ class Clients:
     def serve(self, serving: Serving) -> None:
         """Take over settings that may have changed; they hold for waits that go on, too."""
         self._serving = serving
-        self._limits = timeval(serving.receive_timeout), timeval(serving.send_timeout)
+        limits = timeval(serving.receive_timeout), timeval(serving.send_timeout)
+        if limits != self._limits:
+            self._limits = limits
+            for conn in self.connections.values():
+                conn.limit_waits(*limits)
         self._arriving.serve(serving)
         self._endings.serve(serving.send_timeout)
 
@@ -316,8 +322,9 @@ class Clients:
     def _close_listeners(self, now: float) -> None:
         """Take what the backlog holds before."""
         for fd in self.listeners.fds():
-            while self.on_listener(fd, now):
-                pass
+            for _ in range(BACKLOG // ACCEPTS):  # not for ever: clients may come faster than that
+                if not self.on_listener(fd, now):
+                    break
         self.listeners.close()
 
     def _last_call(self, now: float) -> None:

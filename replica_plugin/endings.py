@@ -14,6 +14,7 @@ from __future__ import annotations
 import select
 import socket
 from collections import deque
+from contextlib import suppress
 from typing import Protocol
 
 from .connection import Connection, State
@@ -109,12 +110,13 @@ class Endings:
         rest = conn.rest
         assert rest is not None
         before = rest.left
-        try:
+        more: bool | None = None
+        with suppress(OSError):  # after a part of it, perhaps
             more = rest.send(conn.sock)
-        except OSError:
+        self.unsent -= before - rest.left
+        if more is None:
             self._host.close(conn)
             return
-        self.unsent -= before - rest.left
         if not rest.left:
             self.forget(conn)
             self._host.watch(conn)

@@ -122,9 +122,8 @@ class GeventWorker(ReplicaWorker):
                     run = gevent.get_hub().loop.run_callback
                     run(gevent.spawn, self._run_slot, slot, following)
                     return
-        except Exception:
-            self.log.exception("A slot failed")
-            self.alive = False
+        except BaseException:  # a timeout that a request has left behind, say
+            self._on_slot_failed()
         self._working -= 1
         self._wake_attendant()
         if not self._working:

@@ -190,8 +190,11 @@ class GreenClientSocket(ClientSocket):
     def _wait(self, limit: int) -> bool:
         reads = limit == socket.SO_RCVTIMEO
         wait = gevent.socket.wait_read if reads else gevent.socket.wait_write
+        over = TimeoutError()
         try:
-            wait(self.fileno(), self._seconds(limit) or None, TimeoutError())
-        except TimeoutError:
+            wait(self.fileno(), self._seconds(limit) or None, over)
+        except TimeoutError as error:
+            if error is not over:  # it is the app's own
+                raise
             return False
         return True

@@ -54,7 +54,7 @@ def is_dead(pidfd: int, patience: float = 0.0) -> bool:
     """Whether the process has ended, or ends in so many seconds; what is no pidfd is dead, too."""
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
-    return bool(poll.poll(patience * 1000))
+    return bool(poll.poll(min(patience * 1000, 1 << 30)))  # an int of C's
 
 
 def open_child(pid: int, parent: int) -> int | None:

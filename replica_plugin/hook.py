@@ -290,6 +290,10 @@ def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
     fixed = ["bind", "preload_app"]
     if not (boot.is_ours(arbiter.cfg) and boot.is_ours(cfg)):
         fixed.append("worker_class")
+    if cfg.threads < 1:  # nothing would run, and processes begin and end in a circle
+        stays = arbiter.cfg.threads
+        arbiter.log.error("threads is %s, which is no slot; it stays %s", cfg.threads, stays)
+        cfg.set("threads", stays)
     for name in fixed:
         before = arbiter.cfg.settings[name].get()
         if cfg.settings[name].get() != before:

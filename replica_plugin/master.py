@@ -102,7 +102,7 @@ class Master:
         self._supervisor_pidfd = -1
         self.adopt(settings)
         if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
-            with suppress(OSError):
+            with suppress(OSError, ValueError):  # the dispatcher will say so
                 ready_file.remove(settings.ready_file)
         self._start_supervisor()
 

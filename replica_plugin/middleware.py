@@ -32,7 +32,8 @@ class ReplicaMiddleware:
     The settings are those of `replica.yaml` and the environment, read once a process. A
     mistake in them raises ConfigError here, when the app is made: a server should not come
     up with it, and no request should have to find it. Under our workers nothing is read:
-    gunicorn's master has done so. With `settings` of its own a middleware has a cap of its own.
+    gunicorn's master has done so. With `settings` of its own a middleware has a cap of its own,
+    but for one inside another, or in a process of ours: there the outer cap holds alone.
 
     For how many seconds a request waited is in its environment: `replica_plugin.waited`.
     """

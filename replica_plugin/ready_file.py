@@ -30,14 +30,18 @@ class ReadyFile:
         if wanted == self._shown and now - self._looked_at < LOOK:
             return
         before = self._shown[0] if self._shown else path
+        problem = ""
         try:
             if before is not None and (before != path or not ready):
                 remove(before, self._master)
             if path is not None and ready and not os.path.exists(path):
                 _write(path, self._master)
         except OSError as error:
-            if wanted != self._shown:
-                self._complain(f"ready_file {path} cannot be kept: {error.strerror}")
+            problem = f"{path} cannot be kept: {error.strerror}"
+        except ValueError:
+            problem = f"{path!a} cannot be kept: no file can have such a name"
+        if problem and wanted != self._shown:
+            self._complain(f"ready_file {problem}")
         self._shown, self._looked_at = wanted, now
 
 

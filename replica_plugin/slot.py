@@ -131,8 +131,10 @@ class Slot:
             with suppress(Exception):
                 self._log.exception("A request could not be brought to its end")
         finally:
-            run.end()
-            self._report(channel, job, report, sock)
+            try:
+                run.end()
+            finally:
+                self._report(channel, job, report, sock)
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""

@@ -50,9 +50,11 @@ class ThreadWorker(ReplicaWorker):
     def _run_slot(self, slot: Slot) -> None:
         try:
             slot.run()
-        except Exception:  # raised by the app in this thread, late, say: it is a slot less now
-            self.log.exception("A slot failed")
-            self.alive = False
+        except BaseException as error:  # raised by the app in this thread, late, say
+            is_main = threading.current_thread() is threading.main_thread()
+            if is_main and not isinstance(error, Exception):  # QUIT
+                raise
+            self._on_slot_failed()
         finally:
             with self._change:
                 self._working -= 1

@@ -188,6 +188,12 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
                 signal.signal(number, signal.SIG_DFL)
         self._let_signals_come()
 
+    def _on_slot_failed(self) -> None:
+        """It is a slot less now: another process has all of them."""
+        self.alive = False
+        with suppress(BaseException):
+            self.log.exception("A slot failed")
+
     # What each mode does in its own way.
 
     def _interrupter(self) -> Interrupter:

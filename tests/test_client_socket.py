@@ -8,9 +8,11 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
+import gevent
 import pytest
 
 from replica_plugin.client_socket import ClientSocket, InterruptedWriteError
+from replica_plugin.green import GreenClientSocket
 
 
 class Interrupted(ClientSocket):
@@ -117,3 +119,15 @@ def test_nothing_follows_a_rest_whose_sending_was_interrupted():
         with pytest.raises(KeyboardInterrupt):
             sock.send_left()
         assert isinstance(sock.trouble, InterruptedWriteError)
+
+
+def test_in_gevent_mode_a_timeout_of_the_app_s_own_is_not_the_client_s():
+    theirs, ours = socket.socketpair()
+    sock = client_socket(ours.family, ours.detach(), GreenClientSocket)
+    with theirs, sock:
+        with (
+            pytest.raises(TimeoutError, match="the app's"),
+            gevent.Timeout(0.01, TimeoutError("the app's")),
+        ):
+            sock.recv(1)
+        assert sock.trouble is None

@@ -11,7 +11,7 @@ import pytest
 from replica_plugin.answers import Answer
 from replica_plugin.channel import Adopt
 from replica_plugin.clients import HEAD_KEPT, Clients
-from replica_plugin.connection import Connection, State
+from replica_plugin.connection import Connection, State, timeval
 from replica_plugin.rules import Serving
 
 LAST_CALL = 1.0
@@ -125,3 +125,36 @@ def test_a_long_head_that_dribbles_is_looked_at_less_often_than_a_short_one(idle
         idle.clients.tick(now)
         seen.append(idle.conn.arrived - seen[0])
     assert seen[1:] == [0, 0, 1]
+
+
+class Endless:
+    """Listeners of which each look says that there may be more."""
+
+    is_short = False
+
+    def accept(self, fd: int, now: float, most: int = 0) -> Iterator[Connection | None]:
+        return iter(())
+
+    def fds(self) -> list[int]:
+        return [1]
+
+    def close(self) -> None:
+        pass
+
+    def accept_if(self, may: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("serving", [True, False])
+def test_a_stop_does_not_take_from_shared_listeners_for_ever(serving, idle):
+    idle.clients.listeners = Endless()
+    idle.clients.stop(0.0, LAST_CALL, shared=True, serving=serving)
+
+
+def test_new_limits_hold_for_what_slots_wait_for_on_connections_that_are_there(idle):
+    def limits() -> list[bytes]:
+        options = (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO)
+        return [idle.conn.sock.getsockopt(socket.SOL_SOCKET, each, 16) for each in options]
+
+    idle.clients.serve(Serving(receive_timeout=3.0, send_timeout=4.5))
+    assert limits() == [timeval(3.0), timeval(4.5)]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from replica_plugin.config import yaml_file
 from replica_plugin.config.load import load
 from replica_plugin.config.settings import Settings
 from replica_plugin.errors import ConfigError
@@ -168,3 +169,11 @@ def test_problems_of_keys_and_of_values_are_told_together() -> None:
 def test_a_file_with_thousands_of_problems_lists_a_hundred() -> None:
     lines = refusal("".join(f"k{number}: 1\n" for number in range(1000))).splitlines()
     assert lines[100:] == ["and 900 more problems"]
+
+
+def test_a_long_list_is_looked_at_once(monkeypatch):
+    """Any file may be named by mistake, and the master reads it in a HUP."""
+    looks = []
+    monkeypatch.setattr(yaml_file, "is_cortex", lambda node: bool(looks.append(node)))
+    refusal("- a\n" * 100)
+    assert len(looks) == 1

@@ -237,3 +237,15 @@ def test_ttin_and_ttou_change_the_number_of_processes(start, signals):
     server.wait_numbers(processes=wanted, slots=wanted)
     wait_for(lambda: len(server.workers) == wanted, "as many workers")
     assert server.get("/").status == 200
+
+
+def test_a_hup_that_leaves_no_thread_keeps_those_that_are(start):
+    text = "from replica_plugin.conf import *\nthreads = {}\n"
+    server = start(base=(), files={"gunicorn.conf.py": text.format(2)})
+    (server.folder / "gunicorn.conf.py").write_text(text.format(0))
+    before = set(server.workers)
+    server.tell(signal.SIGHUP)
+    server.wait_log("threads is 0, which is no slot; it stays 2")
+    wait_for(lambda: not before & set(server.workers), "another process")
+    server.wait_numbers(slots=2)
+    assert server.get("/hello").status == 200

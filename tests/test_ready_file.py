@@ -10,6 +10,7 @@ import os
 import shutil
 import signal
 
+import pytest
 from server import IN_BOTH_MODES, wait_for
 from test_hook_start import COMMAND
 
@@ -143,3 +144,12 @@ def test_a_new_masters_file_is_not_removed_by_the_old_one_nor_lost_in_a_roll_bac
 
 def _text(path):
     return path.read_text() if path.exists() else ""
+
+
+@pytest.mark.parametrize("path", ["\ud800x", "a\0b"])
+def test_a_name_that_no_file_can_have_is_complained_of(path):
+    said: list[str] = []
+    file = ReadyFile(1, said.append)
+    for ready in (True, False):
+        file.show(path, ready, 0.0)
+    assert len(said) == 2

@@ -11,6 +11,7 @@ from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
+import gevent
 import pytest
 from server import wait_for
 from stage import PATIENCE
@@ -171,3 +172,34 @@ def test_a_dismissed_process_knows_its_dispatcher_though_slots_read_the_end_of_t
     process.serving = True
     process.lost(channel)
     assert process._channel is None
+
+
+class Broken:
+    """A slot into which the app raises, later than its request."""
+
+    def __init__(self, error: BaseException) -> None:
+        self._error = error
+
+    def run(self) -> None:
+        raise self._error
+
+    join = run
+
+
+@pytest.mark.parametrize("error", [SystemExit(), gevent.Timeout(), ValueError()])
+@pytest.mark.parametrize("mode", ["thread", "gevent"])
+def test_a_process_whose_slot_has_failed_wants_to_leave(mode, error):
+    kind = thread_worker.ThreadWorker if mode == "thread" else gevent_worker.GeventWorker
+    process: Any = object.__new__(kind)
+    process.__dict__.update(
+        _change=threading.Condition(), _working=2, alive=True, log=logging.getLogger(),
+        _wake_attendant=lambda: None,
+    )  # fmt: skip
+    running: Any = (
+        threading.Thread(target=process._run_slot, args=(Broken(error),))
+        if mode == "thread"
+        else gevent.Greenlet(process._run_slot, Broken(error))
+    )
+    running.start()
+    running.join()
+    assert (process._working, process.alive) == (1, False)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import suppress
+from typing import Any
 
 import pytest
 
 from replica_plugin.channel import FREE, Kind, Report, decode_report
+from replica_plugin.connection import Connection
+from replica_plugin.endings import Endings
 from replica_plugin.rest import Rest
 
 
@@ -69,3 +73,38 @@ def test_descriptors_that_come_with_a_report_that_needs_none_are_closed_and_it_i
         decode_report(Report(Kind.DONE, 1).encode(), [first.fd, second.fd])
     assert not is_open(first.fd)
     assert not is_open(second.fd)
+
+
+class Host:
+    """As much of the clients' side as a rest needs."""
+
+    def __init__(self) -> None:
+        self.endings = Endings(self)
+
+    def watch(self, conn: Connection, more: int = 0) -> None:
+        pass
+
+    def time(self, conn: Connection, deadlines: Any, now: float) -> None:
+        pass
+
+    def close(self, conn: Connection) -> None:
+        self.endings.forget(conn)
+        conn.sock.close()
+
+
+def test_a_client_that_takes_a_part_and_leaves_takes_up_no_room_for_ever():
+    host = Host()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = socket.create_connection(listener.getsockname())
+        ours, address = listener.accept()
+    conn = Connection(ours, address, address, False)
+    host.endings.send(conn, Rest.of(bytes(12 << 20)), 0.0)
+    while host.endings.due() == 0.0:
+        host.endings.tick(0.0)
+    with suppress(BlockingIOError):
+        while client.recv(1 << 20, socket.MSG_DONTWAIT):
+            pass
+    client.close()
+    while conn.rest is not None:
+        host.endings.on_event(conn, 0.0)
+    assert host.endings.unsent == 0

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import resource
 import signal
+import subprocess
 import time
 
 import pytest
 
 from replica_plugin import supervisor
 from replica_plugin.channel import control_pair
+from replica_plugin.heritage import is_dead
 from replica_plugin.journal import Journal
 from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
 from replica_plugin.rules import Privileges
@@ -83,3 +85,12 @@ def test_a_limit_that_cannot_be_raised_stays(monkeypatch, error):
         privileges = Privileges(os.geteuid(), os.getegid(), False)
 
     supervisor._settle(Wishes)
+
+
+def test_a_process_that_has_ended_has_done_so_however_long_one_would_wait():
+    """graceful_timeout may be said to be years."""
+    child = subprocess.Popen(["true"])
+    pidfd = os.pidfd_open(child.pid)
+    child.wait()
+    assert is_dead(pidfd, 1e10)
+    os.close(pidfd)

@@ -90,12 +90,14 @@ def _read_kind(api: Api, node: yaml.MappingNode, file: str) -> None:
 
 
 def _repeated_names(apis: list[Api]) -> list[Problem]:
-    names = [api.name for api in apis]
-    return [
-        Problem(api.place, f'name must be unique in the file (got "{shortened(api.name)}")')
-        for index, api in enumerate(apis)
-        if api.name and api.name in names[:index]
-    ]
+    names: set[str] = set()
+    problems = []
+    for api in apis:
+        if api.name and api.name in names:
+            text = f'name must be unique in the file (got "{shortened(api.name)}")'
+            problems.append(Problem(api.place, text))
+        names.add(api.name)
+    return problems
 
 
 def _served(apis: list[Api], file: str, wanted: str) -> Api | Problem | None:

@@ -135,8 +135,8 @@ def _problem(error: yaml.MarkedYAMLError, file: str) -> Problem:
 
 def _bad_keys(node: yaml.Node, file: str, path: str = "") -> Iterator[Problem]:
     if isinstance(node, yaml.SequenceNode):
+        is_api = not path and is_cortex(node)
         for index, item in enumerate(node.value):
-            is_api = not path and is_cortex(node)
             item_path = api_label(index, item) if is_api else f"{path}[{index}]"
             yield from _bad_keys(item, file, item_path)
     if isinstance(node, yaml.MappingNode):
