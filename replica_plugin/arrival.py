@@ -123,7 +123,7 @@ class Arrivals:
         It travels with the request, as bytes do that a slot has read ahead. False if it has
         become too much for that.
         """
-        space = LARGEST // 2 - len(conn.ahead)
+        space = LARGEST // 2 - len(conn.ahead) - len(conn.carry)
         if space > 0:
             with suppress(OSError):  # nothing there, or a reset that epoll will tell of
                 conn.ahead += conn.sock.recv(space, socket.MSG_DONTWAIT)

@@ -40,8 +40,10 @@ from .unpatched import socketpair
 VERSION = 2
 PAUSE = 0.01  # seconds until the next attempt while the kernel has no memory for a message
 LARGEST = 1 << 16
-"""Bytes of the largest message; a connection with more read ahead than fits is closed."""
+"""Bytes of the largest message. Half of it is for `ahead` and `carry`, so that each job fits: a
+connection with more than that read ahead is closed."""
 
+_ADDRESS = 1024  # characters of the longest address, as Python writes it
 _REPORT = struct.Struct("=BBQIQ")
 _RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
@@ -147,6 +149,8 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
             raise ValueError("a descriptor too many")
         if took and kind != Kind.DONE:
             raise ValueError("a slot takes a request when it ends one")
+        if kind == Kind.DONE and len(data) - _REPORT.size > LARGEST // 2:
+            raise ValueError("more than fits into the next job")
         rest = Rest(fds.pop()) if fds else None
     finally:
         close_all(fds)
@@ -364,15 +368,17 @@ def _decode_register(fields: dict[str, Any]) -> Register:
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:
-    return Adopt(
-        int(fields["number"]),
-        _address(fields["server"]),
-        fields["ahead"].encode("latin-1"),
-        fields["carry"].encode("latin-1"),
-    )
+    ahead, carry = (fields[name].encode("latin-1") for name in ("ahead", "carry"))
+    if len(ahead) + len(carry) > LARGEST // 2:
+        raise ValueError("more than fits into the next job")
+    return Adopt(int(fields["number"]), _address(fields["server"]), ahead, carry)
 
 
-def _address(value: list[Any] | str) -> Address:
+def _address(value: Any) -> Address:
+    if not (isinstance(value, (list, str)) and all(isinstance(part, (str, int)) for part in value)):
+        raise ValueError("no address")
+    if len(str(value)) > _ADDRESS:
+        raise ValueError("an address that is too long")
     return tuple(value) if isinstance(value, list) else value
 
 

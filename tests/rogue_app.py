@@ -7,7 +7,7 @@ import signal
 
 import served_app
 
-from replica_plugin.channel import End, Kind, Report
+from replica_plugin.channel import LARGEST, End, Kind, Report
 from replica_plugin.deck import let_go
 from replica_plugin.thread_worker import ThreadWorker
 
@@ -38,5 +38,13 @@ def nonsense(environ, start_response, code):
     signal.pause()
 
 
-served_app.HANDLERS.update(claim=claim, nonsense=nonsense, steal=steal)
+def swell(environ, start_response, name):
+    """Say that more was read ahead than fits into the next job, and never answer."""
+    (request,) = worker()._cells.begun()
+    ahead = b"GET /hello HTTP/1.1\r\nHost: a\r\n\r\n".ljust(LARGEST - 22, b"x")
+    worker()._channel.tell(Report(Kind.DONE, request, End.KEEP, ahead).encode())
+    signal.pause()
+
+
+served_app.HANDLERS.update(claim=claim, nonsense=nonsense, steal=steal, swell=swell)
 application = served_app.application

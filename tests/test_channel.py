@@ -3,11 +3,31 @@
 from __future__ import annotations
 
 import errno
+import math
+import os
 import socket
 
 import pytest
 
-from replica_plugin.channel import FREE, LEAVE, ProcessEnd, pair, receive_now, send
+from replica_plugin.channel import (
+    FREE,
+    LARGEST,
+    LEAVE,
+    Adopt,
+    Job,
+    Kind,
+    ProcessEnd,
+    Report,
+    control_pair,
+    decode_job,
+    decode_report,
+    pair,
+    receive_control,
+    receive_now,
+    send,
+    send_adopt,
+    send_job,
+)
 
 
 def test_what_was_said_before_the_end_is_read_though_not_all_had_been_heard():
@@ -46,3 +66,65 @@ def test_a_report_waits_while_there_is_no_memory_for_it():
     with sock, pytest.raises(BrokenPipeError):
         ProcessEnd(sock, sock).tell(FREE)
     assert not sock.errors
+
+
+# What a process says of a connection goes into the next job, which is one message.
+
+MOST = LARGEST // 2
+LONGEST = b"\0" + bytes(range(0x80, 0x80 + 107))  # of a Unix socket
+
+
+def test_the_most_that_a_process_may_say_of_a_connection_fits_into_the_next_job():
+    done = decode_report(Report(Kind.DONE, 1, ahead=b"a" * MOST).encode(), [])
+    longest = os.fsdecode(LONGEST)
+    job = Job(1 << 63, 2, longest, longest, done.ahead, b"", True, 1e9, math.inf, 1e9, 1e9)
+    ours, theirs = pair()
+    with ours, theirs:
+        send_job(ours, job, ours.fileno())
+        data, (fd,) = receive_now(theirs)
+        os.close(fd)
+    assert decode_job(data) == job
+
+
+@pytest.mark.parametrize(("ahead", "carry"), [(MOST + 1, 0), (0, MOST + 1), (MOST, 1)])
+def test_more_than_fits_into_the_next_job_is_nonsense(ahead, carry):
+    report = Report(Kind.DONE, 1, ahead=b"a" * ahead, carry=b"c" * carry)
+    with pytest.raises(ValueError, match="more than fits into the next job"):
+        decode_report(report.encode(), [])
+    assert adopted(ahead=b"a" * ahead, carry=b"c" * carry) is None
+
+
+def test_the_stack_of_a_request_may_be_longer_for_it_is_only_logged():
+    stack = b"s" * (MOST + 1)
+    assert decode_report(Report(Kind.OVERDUE, 1, carry=stack).encode(), []).carry == stack
+
+
+@pytest.mark.parametrize(
+    "server",
+    [("127.0.0.1", 8000), ("::1", 8000, 0, 0), "/run/socket", "", os.fsdecode(LONGEST)],
+    ids=repr,
+)
+def test_an_address_comes_back_with_its_connection(server):
+    adopt = Adopt(2, server, b"a" * MOST, b"")
+    assert adopted(**vars(adopt)) == adopt
+
+
+@pytest.mark.parametrize(
+    "server",
+    [None, 1, 1.5, {}, ["a", None], [["a"]], "a" * LARGEST, ["a" * 2000], ["a"] * 1000, [9**4000]],
+    ids=lambda value: repr(value)[:30],
+)
+def test_what_is_no_address_does_not_come_back_with_a_connection(server):
+    assert adopted(server=server) is None
+
+
+def adopted(**fields: object) -> object:
+    """What a dispatcher hears of a connection that is handed back so."""
+    reading, writing = control_pair()
+    adopt = Adopt(**{"number": 2, "server": "", "ahead": b"", "carry": b"", **fields})
+    with reading, writing:
+        send_adopt(writing, adopt, writing.fileno())
+        said = receive_control(reading)
+    for fd in said.fds:
+        os.close(fd)
+    return said.message

@@ -89,6 +89,19 @@ def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code)
     assert server.dispatcher == dispatcher
 
 
+def test_a_process_that_has_read_more_ahead_than_fits_into_a_job_is_killed(start, stage):
+    """Whoever got that job would find it cut short: another process, or the dispatcher."""
+    server = rogue(start, TWO)
+    dispatcher = server.dispatcher
+    beside = server.later("/hold/x")
+    actor = stage.next()
+    assert server.get("/swell/x").status == 502
+    server.wait_log("says what no process of ours says: killing it")
+    actor.finish()
+    assert beside.result().status == 200
+    assert server.dispatcher == dispatcher
+
+
 def test_a_process_can_only_read_what_master_and_dispatcher_write(start):
     """Nor does it hold what only the master needs: neither by a mapping nor by a descriptor."""
     server = rogue(start, ONE)
