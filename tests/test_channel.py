@@ -18,6 +18,7 @@ from replica_plugin.channel import (
     Kind,
     ProcessEnd,
     Report,
+    close_all,
     control_pair,
     decode_job,
     decode_report,
@@ -28,6 +29,8 @@ from replica_plugin.channel import (
     send_adopt,
     send_job,
 )
+
+SO_PASSPIDFD = 76
 
 
 def test_what_was_said_before_the_end_is_read_though_not_all_had_been_heard():
@@ -46,6 +49,42 @@ def test_what_else_the_kernel_says_beside_a_message_is_no_descriptor():
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             send(theirs, FREE)
             assert receive_now(ours) == (FREE, [])
+
+
+def test_a_pidfd_that_a_process_has_the_kernel_lay_beside_a_message_is_nonsense_and_closed():
+    """Else its messages would leave the dispatcher without descriptors."""
+    ours, theirs = pair()
+    with ours, theirs:
+        ask_for_pidfds(ours)
+        before = descriptors()
+        for message in (FREE, Report(Kind.DONE, 1).encode()):
+            send(theirs, message)
+            data, fds = receive_now(ours)
+            assert (data, len(fds)) == (message, 1)
+            with pytest.raises(ValueError, match="a descriptor too many"):
+                decode_report(data, fds)
+        assert descriptors() == before
+
+
+def test_a_pidfd_that_somebody_has_laid_beside_what_is_on_the_control_socket_is_closed():
+    reading, writing = control_pair()
+    with reading, writing:
+        ask_for_pidfds(reading)
+        before = descriptors()
+        send(writing, b"?")
+        close_all(receive_control(reading).fds)
+        assert descriptors() == before
+
+
+def ask_for_pidfds(sock: socket.socket) -> None:
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, SO_PASSPIDFD, 1)
+    except OSError:
+        pytest.skip("no pidfds beside messages before Linux 6.5")
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
 
 
 class Poor(socket.socket):
@@ -125,6 +164,5 @@ def adopted(**fields: object) -> object:
     with reading, writing:
         send_adopt(writing, adopt, writing.fileno())
         said = receive_control(reading)
-    for fd in said.fds:
-        os.close(fd)
+    close_all(said.fds)
     return said.message
