@@ -47,6 +47,7 @@ from .heritage import is_dead
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
 _SHORTAGE = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _STREAMS = (0, socket.IPPROTO_TCP, 262)  # Unix, TCP and MPTCP
 
 
@@ -147,7 +148,7 @@ class Processes:
             os.close(fd)
             return
         try:
-            if sock.type != socket.SOCK_STREAM or sock.proto not in _STREAMS:
+            if not _is_stream(sock):
                 raise OSError("no connection of a client's")
             client = sock.getpeername()
         except OSError:
@@ -333,6 +334,12 @@ class Processes:
             self.dismiss(link.age)
         else:
             self._office.on_sendable(link, now)
+
+
+def _is_stream(sock: socket.socket) -> bool:
+    """Whether it is of a kind that a listener of ours may have accepted."""
+    kind = sock.family in _FAMILIES and sock.type == socket.SOCK_STREAM
+    return kind and sock.proto in _STREAMS
 
 
 def _tie(offer: Register, fds: list[int], pid: int) -> Link | None:

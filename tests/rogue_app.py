@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import signal
 
@@ -9,6 +10,7 @@ import served_app
 
 from replica_plugin.channel import LARGEST, End, Kind, Report
 from replica_plugin.deck import let_go
+from replica_plugin.rest import Rest
 from replica_plugin.thread_worker import ThreadWorker
 
 
@@ -38,6 +40,22 @@ def nonsense(environ, start_response, code):
     signal.pause()
 
 
+def listen(environ, start_response, how):
+    """Make a listener of the client's connection, and say that it is answered; with a `rest`."""
+    make_listener(environ["gunicorn.socket"].fileno())
+    (request,) = worker()._cells.begun()
+    rest = Rest.of(b"left") if how == "rest" else None
+    report = Report(Kind.DONE, request, End.CLOSE, rest=rest)
+    worker()._channel.tell(report.encode(), *([rest.fd] if rest else []))
+    return served_app.hello(environ, start_response, how)
+
+
+def make_listener(fd):
+    """End the connection, by connecting to AF_UNSPEC, and listen instead. Python has only half."""
+    libc = ctypes.CDLL(None)
+    assert libc.connect(fd, bytes(16), 16) == libc.listen(fd, 1) == 0
+
+
 def swell(environ, start_response, name):
     """Say that more was read ahead than fits into the next job, and never answer."""
     (request,) = worker()._cells.begun()
@@ -46,5 +64,5 @@ def swell(environ, start_response, name):
     signal.pause()
 
 
-served_app.HANDLERS.update(claim=claim, nonsense=nonsense, steal=steal, swell=swell)
+served_app.HANDLERS.update(claim=claim, listen=listen, nonsense=nonsense, steal=steal, swell=swell)
 application = served_app.application

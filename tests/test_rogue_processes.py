@@ -34,8 +34,9 @@ from replica_plugin.channel import (
     pair,
     send,
 )
-from replica_plugin.processes import TURN, Link, Processes
-from replica_plugin.rest import Rest
+from replica_plugin.connection import Connection
+from replica_plugin.processes import TURN, Link, Processes, _is_stream
+from replica_plugin.rest import Rest, queued
 
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
 TWO = {"processes_per_replica": 2, "threads_per_process": 1}
@@ -99,6 +100,17 @@ def test_a_process_that_has_read_more_ahead_than_fits_into_a_job_is_killed(start
     server.wait_log("says what no process of ours says: killing it")
     actor.finish()
     assert beside.result().status == 200
+    assert server.dispatcher == dispatcher
+
+
+@pytest.mark.parametrize("how", ["whole", "rest"])
+def test_a_process_that_makes_a_listener_of_a_connection_ends_that_and_no_more(start, how):
+    server = rogue(start, ONE)
+    dispatcher = server.dispatcher
+    with server.connect() as client:
+        assert client.ask(f"/listen/{how}").is_closed()
+    for _ in range(2):  # the first may get the slot before the dispatcher looks at the connection
+        assert server.get("/hello").status == 200
     assert server.dispatcher == dispatcher
 
 
@@ -333,6 +345,21 @@ def test_nothing_but_a_clients_connection_can_be_handed_back(control, kind):
     assert descriptors() == before
     for each in sockets:
         each.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="no such sockets")
+def test_what_no_listener_of_ours_accepts_cannot_be_handed_back():
+    """Such as a stream to another virtual machine, whose protocol has the number 0, too."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+        assert not _is_stream(sock)
+
+
+def test_of_a_socket_that_a_process_has_changed_nothing_is_unread_or_queued_and_nobody_waits():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        conn = Connection(listener, "", "", local=False)
+        assert (conn.unread(), queued(listener)) == (0, 0)
+    with socket.socket(socket.AF_UNIX) as other:
+        assert Connection(other, "", "", local=False).is_stuck()
 
 
 # How much a process says.
