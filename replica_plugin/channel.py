@@ -346,9 +346,14 @@ def control_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def receive_control(control: socket.socket) -> Said:
-    """What lies on the control socket. Raises OSError when there is nothing."""
+    """What lies on the control socket. Raises OSError when there is nothing, EOFError at its end.
+
+    A message, however empty, has a sender.
+    """
     space = _ANCILLARY + socket.CMSG_SPACE(_SENDER.size)
     data, extras, _, _ = control.recvmsg(LARGEST, space, _DONTWAIT | _CLOEXEC)
+    if not data and not extras:
+        raise EOFError
     fds, pid = _descriptors(extras), 0
     for _, kind, content in extras:
         if kind == _SCM_CREDENTIALS:

@@ -83,6 +83,7 @@ class Office(Protocol):
     def on_nonsense(self, link: Link) -> None: ...
     def on_death(self, link: Link, now: float) -> None: ...
     def on_adopt(self, adopt: Adopt, sock: socket.socket, client: Address, now: float) -> None: ...
+    def on_control_end(self) -> None: ...
 
 
 class Processes:
@@ -101,10 +102,10 @@ class Processes:
         self._channels = select.epoll()  # all of them, for `have_spoken`
         epoll.register(control.fileno(), select.EPOLLIN)
 
-    def on_event(self, fd: int, mask: int, now: float) -> None:
+    def on_event(self, fd: int, now: float) -> None:
         """epoll has something to say about the control socket or a pidfd."""
         if fd == self._control.fileno():
-            self._on_control(mask, now)
+            self._on_control(now)
         elif fd in self._by_pidfd and is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
 
@@ -124,11 +125,18 @@ class Processes:
 
     # What processes say.
 
-    def _on_control(self, mask: int, now: float) -> None:
-        """Read what lies there. Its end comes when the master and all processes are gone."""
+    def _on_control(self, now: float) -> None:
+        """Read what lies there.
+
+        Its end comes when the master and all processes are gone, or one has shut it for all.
+        """
         for _ in range(TURN):
             try:
                 message, fds, pid = receive_control(self._control)
+            except EOFError:
+                self._epoll.unregister(self._control.fileno())
+                self._office.on_control_end()
+                return
             except OSError:  # nothing there, or no memory now
                 return
             if isinstance(message, Register) and message.version == VERSION:
@@ -137,9 +145,6 @@ class Processes:
                 self._adopt(message, fds[0], now)
             else:
                 close_all(fds)
-                if not fds and mask & select.EPOLLHUP:
-                    self._epoll.unregister(self._control.fileno())
-                    return
 
     def _adopt(self, adopt: Adopt, fd: int, now: float) -> None:
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import signal
+import socket
 
 import served_app
 
@@ -56,6 +57,12 @@ def make_listener(fd):
     assert libc.connect(fd, bytes(16), 16) == libc.listen(fd, 1) == 0
 
 
+def shut(environ, start_response, how):
+    """Shut the control socket, which all processes and the master have."""
+    worker()._control.shutdown(getattr(socket, how))
+    return served_app.hello(environ, start_response, how)
+
+
 def swell(environ, start_response, name):
     """Say that more was read ahead than fits into the next job, and never answer."""
     (request,) = worker()._cells.begun()
@@ -64,5 +71,7 @@ def swell(environ, start_response, name):
     signal.pause()
 
 
-served_app.HANDLERS.update(claim=claim, listen=listen, nonsense=nonsense, steal=steal, swell=swell)
+served_app.HANDLERS.update(
+    claim=claim, listen=listen, nonsense=nonsense, shut=shut, steal=steal, swell=swell
+)
 application = served_app.application

@@ -114,6 +114,19 @@ def test_a_process_that_makes_a_listener_of_a_connection_ends_that_and_no_more(s
     assert server.dispatcher == dispatcher
 
 
+@pytest.mark.parametrize("how", ["SHUT_WR", "SHUT_RDWR"])
+def test_a_process_that_shuts_the_control_socket_is_served_with_those_that_are_there(start, how):
+    server = rogue(start, TWO)
+    dispatcher = server.dispatcher
+    assert server.get(f"/shut/{how}").status == 200
+    server.wait_log(
+        "A process has shut the control socket: the replica serves on with the processes it has, "
+        "but no other can register until gunicorn is restarted"
+    )
+    assert server.get("/hello").status == 200
+    assert server.dispatcher == dispatcher
+
+
 def test_a_process_can_only_read_what_master_and_dispatcher_write(start):
     """Nor does it hold what only the master needs: neither by a mapping nor by a descriptor."""
     server = rogue(start, ONE)
@@ -161,7 +174,7 @@ class Control:
         self.children: list[subprocess.Popen[bytes]] = []
 
     def hear(self) -> None:
-        self.processes.on_event(self.reading.fileno(), select.EPOLLIN, 0.0)
+        self.processes.on_event(self.reading.fileno(), 0.0)
 
     def say(self, message: bytes, *fds: int) -> None:
         send(self.writing, message, *fds)
@@ -209,6 +222,7 @@ ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
 @pytest.mark.parametrize(
     ("message", "fds"),
     [
+        (b"", 0),
         (b"", 1),
         (b"?", 0),
         (b"R", 3),
@@ -298,11 +312,11 @@ def test_an_offer_of_a_process_that_is_dead_already_is_not_taken(control):
 def test_an_event_of_the_last_owner_of_a_number_is_not_the_death_of_a_process(control):
     child = control.register(age=1)
     (link,) = control.processes.links.values()
-    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    control.processes.on_event(link.pidfd, 0.0)
     assert control.office.told == ["on_registered"]
     child.kill()
     child.wait()
-    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    control.processes.on_event(link.pidfd, 0.0)
     assert control.office.told == ["on_registered", "on_death"]
 
 
@@ -406,7 +420,7 @@ def test_all_that_a_process_said_before_it_died_is_heard(control):
     count = int(child.stdout.readline())
     child.wait()
     (link,) = control.processes.links.values()
-    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    control.processes.on_event(link.pidfd, 0.0)
     assert control.office.told == ["on_registered", *["on_report"] * count, "on_death"]
 
 
@@ -417,6 +431,15 @@ def test_the_control_socket_leaves_others_their_turns(control):
     assert control.epoll.poll(0) == [(control.reading.fileno(), select.EPOLLIN)]
     control.hear()
     assert control.epoll.poll(0) == []
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR], ids=["wr", "rdwr"])
+def test_of_a_control_socket_that_is_shut_the_end_is_told_once_after_what_was_said(control, how):
+    control.offer(age=1)
+    control.writing.shutdown(how)
+    control.hear()
+    assert control.office.told == ["on_registered", "on_control_end"]
+    assert control.reading.fileno() not in dict(control.epoll.poll(0))
 
 
 # What a process leaves to be sent.
