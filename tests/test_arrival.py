@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
+
+import pytest
 
 from replica_plugin.arrival import Arrivals, Sight
 from replica_plugin.channel import LARGEST
@@ -31,3 +34,30 @@ def test_of_a_half_head_no_more_is_taken_than_fits_into_a_job_with_what_its_proc
         assert arrivals.take_ahead(conn)
         assert conn.ahead == b"x" * 10
         assert not arrivals.take_ahead(conn)
+
+
+class Impatient(socket.socket):
+    """A socket that is asked once for what does not come any more."""
+
+    ended = False
+
+    def recv_into(self, *arguments: Any) -> int:
+        assert not self.ended, "it would be asked for ever"
+        size = super().recv_into(*arguments)
+        self.ended = not size
+        return size
+
+
+def test_what_was_seen_and_somebody_else_has_read_is_not_waited_for_when_the_client_has_left():
+    """A child that the app has forked may hold a duplicate of the connection."""
+    ours, client = socket.socketpair()
+    with Impatient(fileno=ours.detach()) as ours, client, ours.dup() as childs:
+        client.send(b"x" * 10)
+        conn, arrivals = Connection(ours, "", "", local=True), Arrivals(Serving())
+        assert arrivals.look(conn) == Sight.PART
+        assert childs.recv(10)
+        with pytest.raises(BlockingIOError):
+            arrivals.take(conn, conn.arrived)
+        client.close()
+        with pytest.raises(ConnectionError, match="somebody else has taken them"):
+            arrivals.take(conn, conn.arrived)
