@@ -9,6 +9,7 @@ import pytest
 
 from replica_plugin.arrival import Arrivals, Sight
 from replica_plugin.channel import LARGEST
+from replica_plugin.chunks import Chunks
 from replica_plugin.connection import Connection
 from replica_plugin.rules import Serving
 
@@ -61,3 +62,21 @@ def test_what_was_seen_and_somebody_else_has_read_is_not_waited_for_when_the_cli
         client.close()
         with pytest.raises(ConnectionError, match="somebody else has taken them"):
             arrivals.take(conn, conn.arrived)
+
+
+def test_a_chunk_is_awaited_whose_size_has_as_many_digits_as_any():
+    chunks = Chunks(0)
+    assert not chunks.end_is_seen(b"f" * 16 + b";a=b\r\nx")
+    assert chunks.needed > 1 << 63
+    assert Chunks(0).end_is_seen(b"0" * 15 + b"1\r\nx\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "digits", [b"f" * 17, b"0" * 16 + b"1", b"f" * 60_000], ids=["large", "padded", "huge"]
+)
+def test_a_chunk_is_left_to_the_parser_whose_size_has_more_digits(digits):
+    """It costs no memory: no number is made of them."""
+    chunks = Chunks(0)
+    data = digits + b"\r\nx"
+    assert chunks.end_is_seen(data)
+    assert chunks.needed == len(data) + 1
