@@ -6,11 +6,13 @@ import ctypes
 import gc
 import signal
 import socket
+import struct
 
 import served_app
 
 from replica_plugin.channel import LARGEST, End, Kind, Report
 from replica_plugin.deck import let_go
+from replica_plugin.listeners import SO_ATTACH_FILTER
 from replica_plugin.rest import Rest
 from replica_plugin.thread_worker import ThreadWorker
 
@@ -57,6 +59,15 @@ def make_listener(fd):
     assert libc.connect(fd, bytes(16), 16) == libc.listen(fd, 1) == 0
 
 
+def shorten(environ, start_response, name):
+    """Once held on the stage, have the kernel cut short whatever is laid on the deck."""
+    served_app.hold(environ, lambda *_: None, name)
+    program = ctypes.create_string_buffer(struct.pack("=HBBI", 6, 0, 0, 20))  # keep 20 bytes
+    code = struct.pack("@HP", 1, ctypes.addressof(program))
+    worker()._channel.deck.setsockopt(socket.SOL_SOCKET, SO_ATTACH_FILTER, code)
+    return served_app.hello(environ, start_response, name)
+
+
 def shut(environ, start_response, how):
     """Shut the control socket, which all processes and the master have."""
     worker()._control.shutdown(getattr(socket, how))
@@ -72,6 +83,12 @@ def swell(environ, start_response, name):
 
 
 served_app.HANDLERS.update(
-    claim=claim, listen=listen, nonsense=nonsense, shut=shut, steal=steal, swell=swell
+    claim=claim,
+    listen=listen,
+    nonsense=nonsense,
+    shorten=shorten,
+    shut=shut,
+    steal=steal,
+    swell=swell,
 )
 application = served_app.application

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import marshal
 import math
 import os
 import re
@@ -35,6 +36,7 @@ from replica_plugin.channel import (
     send,
 )
 from replica_plugin.connection import Connection
+from replica_plugin.deck import Deck, take
 from replica_plugin.processes import TURN, Link, Processes, _is_stream
 from replica_plugin.rest import Rest, queued
 
@@ -74,6 +76,24 @@ def test_what_a_process_takes_off_the_deck_and_hides_is_run_by_others(start, sta
         assert stealing.reply().status == 200
         actor.finish()
         assert beside.result().status == 200
+
+
+def test_what_a_process_has_cut_short_on_the_deck_is_run_by_others(start, stage):
+    server = rogue(start, TWO)
+    dispatcher, workers = server.dispatcher, server.workers
+    with server.connect() as cutting:
+        cutting.ask("/shorten/x")
+        cutter = stage.next()
+        beside = server.later("/hold/y")
+        actor = stage.next()
+        waiting = [server.later("/hello") for _ in range(10)]
+        server.wait_numbers(running=2, waiting=10)
+        cutter.finish()
+        assert [each.result().status for each in waiting] == [200] * 10
+        assert cutting.reply().status == 200
+        actor.finish()
+        assert beside.result().status == 200
+    assert (server.dispatcher, server.workers) == (dispatcher, workers)
 
 
 @pytest.mark.parametrize("code", ["00", "77" * 20, "0100" + "00" * 8 + "ffff0000" + "00" * 8])
@@ -440,6 +460,22 @@ def test_of_a_control_socket_that_is_shut_the_end_is_told_once_after_what_was_sa
     control.hear()
     assert control.office.told == ["on_registered", "on_control_end"]
     assert control.reading.fileno() not in dict(control.epoll.poll(0))
+
+
+def test_what_was_cut_short_on_the_deck_is_nobodys_and_its_descriptor_is_closed():
+    deck = Deck()
+    before = descriptors()
+    for _ in range(2):
+        send(deck._front, marshal.dumps(tuple(job(1)))[:20], 0)
+        assert deck.offer(job(2), 0)
+        assert take(deck.end) is None
+        assert deck.recall() == {2}
+    for request in (1, 2):
+        send(deck._front, marshal.dumps(tuple(job(request)))[:20], 0)
+    assert deck.recall() == set()
+    assert descriptors() == before
+    deck.end.close()
+    deck._front.close()
 
 
 # What a process leaves to be sent.
