@@ -110,12 +110,18 @@ class Arrivals:
             conn.wake_at(0)
 
     def take(self, conn: Connection, size: int) -> None:
-        """Take exactly so many bytes, which have come, off the connection. Raises OSError."""
+        """Take exactly so many bytes, which have come, off the connection. Raises OSError.
+
+        So it does if they have gone: a child of the app may have a duplicate, and read them.
+        """
         ahead, conn.ahead = conn.ahead[:size], conn.ahead[size:]
         size -= len(ahead)
         while size > 0:
             part = min(size, len(self.buffer))
-            size -= conn.sock.recv_into(self.buffer, part, socket.MSG_DONTWAIT)
+            taken = conn.sock.recv_into(self.buffer, part, socket.MSG_DONTWAIT)
+            if not taken:
+                raise ConnectionError("somebody else has taken them")
+            size -= taken
 
     def take_ahead(self, conn: Connection) -> bool:
         """Take what has come of a head, so that a client's small buffer has room for the rest.
@@ -123,7 +129,7 @@ class Arrivals:
         It travels with the request, as bytes do that a slot has read ahead. False if it has
         become too much for that.
         """
-        space = LARGEST // 2 - len(conn.ahead)
+        space = LARGEST // 2 - len(conn.ahead) - len(conn.carry)
         if space > 0:
             with suppress(OSError):  # nothing there, or a reset that epoll will tell of
                 conn.ahead += conn.sock.recv(space, socket.MSG_DONTWAIT)

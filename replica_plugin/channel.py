@@ -40,13 +40,16 @@ from .unpatched import socketpair
 VERSION = 2
 PAUSE = 0.01  # seconds until the next attempt while the kernel has no memory for a message
 LARGEST = 1 << 16
-"""Bytes of the largest message; a connection with more read ahead than fits is closed."""
+"""Bytes of the largest message. Half of it is for `ahead` and `carry`, so that each job fits: a
+connection with more than that read ahead is closed."""
 
+_ADDRESS = 1024  # characters of the longest address, as Python writes it
 _REPORT = struct.Struct("=BBQIQ")
 _RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SCM_CREDENTIALS = 2
+_WITH_DESCRIPTORS = (socket.SCM_RIGHTS, 4)  # and SCM_PIDFD, since Linux 6.5
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
@@ -138,15 +141,17 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
         if len(data) < _REPORT.size:
             raise ValueError("too short for a report")
         kind, end, request, ahead, took = _REPORT.unpack_from(data)
+        if fds and (len(fds) > 1 or kind != Kind.DONE or not end & _RESTS):
+            raise ValueError("a descriptor too many")
         if end & _RESTS:
             end = end ^ _RESTS if fds else End.ABORT
         split = _REPORT.size + ahead
         if kind > Kind.UNFINISHED or end > End.UNTAKEN or split > len(data):
             raise ValueError("unknown, or cut short")
-        if len(fds) > (kind == Kind.DONE):
-            raise ValueError("a descriptor too many")
         if took and kind != Kind.DONE:
             raise ValueError("a slot takes a request when it ends one")
+        if kind == Kind.DONE and len(data) - _REPORT.size > LARGEST // 2:
+            raise ValueError("more than fits into the next job")
         rest = Rest(fds.pop()) if fds else None
     finally:
         close_all(fds)
@@ -235,11 +240,20 @@ def receive(sock: socket.socket, flags: int = 0) -> tuple[bytes, list[int]]:
         data, rights, _, _ = sock.recvmsg(LARGEST, _ANCILLARY, flags | _CLOEXEC)
     if not rights:
         return data, []
+    return data, _descriptors(rights)
+
+
+def _descriptors(extras: list[tuple[int, int, bytes]]) -> list[int]:
+    """All that have come, whoever asked for them.
+
+    A process shares the sockets that it gives and is given. It can have the kernel say more
+    (SO_PASSCRED), and lay a pidfd beside each message (SO_PASSPIDFD).
+    """
     fds = array.array("i")
-    for _, kind, content in rights:
-        if kind == socket.SCM_RIGHTS:  # a process can have the kernel say more: SO_PASSCRED
+    for _, kind, content in extras:
+        if kind in _WITH_DESCRIPTORS:
             fds.frombytes(content)
-    return data, fds.tolist()
+    return [fd for fd in fds if fd >= 0]  # else the reason why there is no pidfd
 
 
 def receive_now(sock: socket.socket) -> tuple[bytes, list[int]]:
@@ -332,19 +346,22 @@ def control_pair() -> tuple[socket.socket, socket.socket]:
 
 
 def receive_control(control: socket.socket) -> Said:
-    """What lies on the control socket. Raises OSError when there is nothing."""
+    """What lies on the control socket. Raises OSError when there is nothing, EOFError at its end.
+
+    A message, however empty, has a sender.
+    """
     space = _ANCILLARY + socket.CMSG_SPACE(_SENDER.size)
     data, extras, _, _ = control.recvmsg(LARGEST, space, _DONTWAIT | _CLOEXEC)
-    fds, pid = array.array("i"), 0
+    if not data and not extras:
+        raise EOFError
+    fds, pid = _descriptors(extras), 0
     for _, kind, content in extras:
-        if kind == socket.SCM_RIGHTS:
-            fds.frombytes(content)
-        elif kind == _SCM_CREDENTIALS:
+        if kind == _SCM_CREDENTIALS:
             pid, *_ = _SENDER.unpack(content)
     try:
-        return Said(_decode_control(data, len(fds)), fds.tolist(), pid)
+        return Said(_decode_control(data, len(fds)), fds, pid)
     except Exception:  # whatever it is, it must not end the dispatcher
-        return Said(None, fds.tolist(), pid)
+        return Said(None, fds, pid)
 
 
 def _decode_control(data: bytes, fds: int) -> Register | Adopt | None:
@@ -364,15 +381,17 @@ def _decode_register(fields: dict[str, Any]) -> Register:
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:
-    return Adopt(
-        int(fields["number"]),
-        _address(fields["server"]),
-        fields["ahead"].encode("latin-1"),
-        fields["carry"].encode("latin-1"),
-    )
+    ahead, carry = (fields[name].encode("latin-1") for name in ("ahead", "carry"))
+    if len(ahead) + len(carry) > LARGEST // 2:
+        raise ValueError("more than fits into the next job")
+    return Adopt(int(fields["number"]), _address(fields["server"]), ahead, carry)
 
 
-def _address(value: list[Any] | str) -> Address:
+def _address(value: Any) -> Address:
+    if not (isinstance(value, (list, str)) and all(isinstance(part, (str, int)) for part in value)):
+        raise ValueError("no address")
+    if len(str(value)) > _ADDRESS:
+        raise ValueError("an address that is too long")
     return tuple(value) if isinstance(value, list) else value
 
 

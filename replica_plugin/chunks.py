@@ -3,7 +3,8 @@
 Only a reason to stop waiting, never framing: where the request ends is for the parser in the
 slot to say, which reads the same bytes again. So a body that looks malformed counts as
 arrived (the parser answers 400 without waiting), and so does one cut into so many chunks
-that following them would take the dispatcher's time from others.
+that following them would take the dispatcher's time from others, or with a chunk whose size has
+more digits than any, which would take its memory.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import re
 MANY = 4096  # chunks of one body that are followed
 SHORTEST = 5  # bytes of the last chunk, which always comes
 LONGEST = 8192  # bytes of a chunk's size line or of a trailer section that are awaited
-_SIZE = re.compile(rb"([0-9a-fA-F]+)(?:[ \t]*;[^\r\n]*)?\r\n")
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,16})(?:[ \t]*;[^\r\n]*)?\r\n")
 
 
 class Chunks:

@@ -90,9 +90,12 @@ class Connection:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send)
 
     def unread(self) -> int:
-        """How many bytes lie in the kernel."""
+        """How many bytes lie in the kernel; none if a process has made a listener of it."""
         count = array.array("i", [0])
-        fcntl.ioctl(self.fd, termios.FIONREAD, count)
+        try:
+            fcntl.ioctl(self.fd, termios.FIONREAD, count)
+        except OSError:
+            return 0
         return count[0]
 
     def make_room(self, size: int) -> None:
@@ -118,9 +121,13 @@ class Connection:
     def is_stuck(self) -> bool:
         """Whether the client can send no more, since the kernel's buffer is full (TCP only).
 
-        Ask when nothing has come for a moment. Before Linux 6.2 nobody can tell: True.
+        Ask when nothing has come for a moment. Before Linux 6.2 nobody can tell: True; so it is
+        if a process has made something of the socket of which the kernel cannot tell.
         """
-        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        try:
+            info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        except OSError:
+            return True
         return len(info) < WINDOW.size or WINDOW.unpack_from(info)[0] < SEGMENT
 
     def next_request(self, ahead: bytes, carry: bytes) -> None:

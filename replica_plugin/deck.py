@@ -11,7 +11,9 @@ dispatcher has heard of the one and sent the other. The kernel gives each job to
 2. A slot marks its cell, takes, reports, and unmarks it. So of a request that is missing and that
    nobody reports, while no cell of a living process is marked, it is sure that who took it died
    before it was begun: it waits again.
-3. A deck ends with its dispatcher. What a slot then takes, and cannot report, it lets go of; what
+3. A process has the same end as all others, and can have the kernel drop or cut short what is laid
+   there (SO_ATTACH_FILTER). What is cut short counts as missing, too, and is let go of.
+4. A deck ends with its dispatcher. What a slot then takes, and cannot report, it lets go of; what
    lies there, each process's attendant lets go of: those clients' connections end.
 """
 
@@ -52,7 +54,8 @@ class Deck:
             while (message := receive_now(self.end))[0]:  # nothing: a process has shut it
                 data, fds = message
                 close_all(fds)
-                left.add(decode_job(data).request)
+                with suppress(EOFError):  # cut short: it is missing
+                    left.add(decode_job(data).request)
         return left
 
 
@@ -64,7 +67,11 @@ def take(end: socket.socket) -> Taken | None:
         return None
     if not data:
         return None
-    job, now = decode_job(data), time.monotonic()
+    try:
+        job, now = decode_job(data), time.monotonic()
+    except EOFError:  # cut short
+        close_all(fds)
+        return None
     overdue_at = math.inf if job.limit is None else now + job.limit
     return job._replace(waited=now - job.ready_at, overdue_at=overdue_at), fds
 

@@ -133,7 +133,7 @@ class Dispatcher:
             if conn is None:
                 link = channels.get(fd)
                 if link is None:
-                    others.append((fd, mask))
+                    others.append(fd)
                 else:
                     reports.append((link, mask))
             elif mask & LEFT and conn.state == State.WAITING:
@@ -146,15 +146,15 @@ class Dispatcher:
             self._judge_again(now)
         for conn, mask in arrivals:
             self._clients.on_event(conn, mask, now)
-        for fd, mask in others:
-            self._on_other(fd, mask, now, len(events))
+        for fd in others:
+            self._on_other(fd, now, len(events))
 
     def _judge_again(self, now: float) -> None:
         for conn in self._doubts.take_all():
             if conn.state == State.WAITING:  # it has not left
                 self.on_ready(conn, now)
 
-    def _on_other(self, fd: int, mask: int, now: float, events: int) -> None:
+    def _on_other(self, fd: int, now: float, events: int) -> None:
         if fd in self._clients.listeners:
             self._clients.on_listener(fd, now, min(ACCEPTS, events))
         elif fd == self._frame.master_pidfd:
@@ -166,7 +166,7 @@ class Dispatcher:
             age = self._heritage.died(fd)
             self.perform(self._decisions.died(age, (), now), now)
         else:
-            self._processes.on_event(fd, mask, now)
+            self._processes.on_event(fd, now)
 
     def _next_deadline(self) -> float:
         return min(
@@ -382,6 +382,14 @@ class Dispatcher:
             self._clients.adopt(adopt, sock, client, now)
         else:
             sock.close()
+
+    def on_control_end(self) -> None:
+        """While the master lives, which holds it: some process has shut it."""
+        if self._stopping.stop is None and not is_dead(self._frame.master_pidfd):
+            self._journal.error(
+                "A process has shut the control socket: the replica serves on with the processes "
+                "it has, but no other can register until gunicorn is restarted"
+            )
 
     # What the decisions say.
 

@@ -47,6 +47,7 @@ from .heritage import is_dead
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
 _SHORTAGE = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _STREAMS = (0, socket.IPPROTO_TCP, 262)  # Unix, TCP and MPTCP
 
 
@@ -82,6 +83,7 @@ class Office(Protocol):
     def on_nonsense(self, link: Link) -> None: ...
     def on_death(self, link: Link, now: float) -> None: ...
     def on_adopt(self, adopt: Adopt, sock: socket.socket, client: Address, now: float) -> None: ...
+    def on_control_end(self) -> None: ...
 
 
 class Processes:
@@ -100,10 +102,10 @@ class Processes:
         self._channels = select.epoll()  # all of them, for `have_spoken`
         epoll.register(control.fileno(), select.EPOLLIN)
 
-    def on_event(self, fd: int, mask: int, now: float) -> None:
+    def on_event(self, fd: int, now: float) -> None:
         """epoll has something to say about the control socket or a pidfd."""
         if fd == self._control.fileno():
-            self._on_control(mask, now)
+            self._on_control(now)
         elif fd in self._by_pidfd and is_dead(fd):  # not an event of the number's last owner
             self._on_death(self._by_pidfd[fd], now)
 
@@ -123,11 +125,18 @@ class Processes:
 
     # What processes say.
 
-    def _on_control(self, mask: int, now: float) -> None:
-        """Read what lies there. Its end comes when the master and all processes are gone."""
+    def _on_control(self, now: float) -> None:
+        """Read what lies there.
+
+        Its end comes when the master and all processes are gone, or one has shut it for all.
+        """
         for _ in range(TURN):
             try:
                 message, fds, pid = receive_control(self._control)
+            except EOFError:
+                self._epoll.unregister(self._control.fileno())
+                self._office.on_control_end()
+                return
             except OSError:  # nothing there, or no memory now
                 return
             if isinstance(message, Register) and message.version == VERSION:
@@ -136,9 +145,6 @@ class Processes:
                 self._adopt(message, fds[0], now)
             else:
                 close_all(fds)
-                if not fds and mask & select.EPOLLHUP:
-                    self._epoll.unregister(self._control.fileno())
-                    return
 
     def _adopt(self, adopt: Adopt, fd: int, now: float) -> None:
         try:
@@ -147,7 +153,7 @@ class Processes:
             os.close(fd)
             return
         try:
-            if sock.type != socket.SOCK_STREAM or sock.proto not in _STREAMS:
+            if not _is_stream(sock):
                 raise OSError("no connection of a client's")
             client = sock.getpeername()
         except OSError:
@@ -333,6 +339,12 @@ class Processes:
             self.dismiss(link.age)
         else:
             self._office.on_sendable(link, now)
+
+
+def _is_stream(sock: socket.socket) -> bool:
+    """Whether it is of a kind that a listener of ours may have accepted."""
+    kind = sock.family in _FAMILIES and sock.type == socket.SOCK_STREAM
+    return kind and sock.proto in _STREAMS
 
 
 def _tie(offer: Register, fds: list[int], pid: int) -> Link | None:

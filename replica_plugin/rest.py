@@ -29,9 +29,15 @@ _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def queued(sock: socket.socket) -> int:
-    """How many bytes lie in the kernel that the client has not taken yet."""
+    """How many bytes lie in the kernel that the client has not taken yet.
+
+    None if a process has made a listener of it.
+    """
     count = array.array("i", [0])
-    fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    try:
+        fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
+    except OSError:
+        return 0
     return count[0]
 
 

@@ -470,5 +470,5 @@ def test_an_event_of_a_closed_pidfd_says_nothing_of_the_supervisor_that_has_its_
     guard = replica.dispatcher._guard
     assert guard.told(os.getpid())
     number = guard._pidfd
-    replica.dispatcher._on_other(number, select.EPOLLIN, time.monotonic(), 1)
+    replica.dispatcher._on_other(number, time.monotonic(), 1)
     assert number in guard

@@ -68,9 +68,13 @@ def test_descriptors_that_come_with_a_report_that_needs_none_are_closed_and_it_i
     with pytest.raises(ValueError):
         decode_report(FREE, [rest.fd])
     assert not is_open(rest.fd)
+    unannounced = Rest.of(b"x")
+    with pytest.raises(ValueError, match="a descriptor too many"):
+        decode_report(Report(Kind.DONE, 1).encode(), [unannounced.fd])
+    assert not is_open(unannounced.fd)
     first, second = Rest.of(b"x"), Rest.of(b"y")
-    with pytest.raises(ValueError):
-        decode_report(Report(Kind.DONE, 1).encode(), [first.fd, second.fd])
+    with pytest.raises(ValueError, match="a descriptor too many"):
+        decode_report(Report(Kind.DONE, 1, rest=first).encode(), [first.fd, second.fd])
     assert not is_open(first.fd)
     assert not is_open(second.fd)
 

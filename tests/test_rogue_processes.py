@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import json
+import marshal
 import math
 import os
 import re
@@ -35,8 +36,10 @@ from replica_plugin.channel import (
     pair,
     send,
 )
-from replica_plugin.processes import TURN, Link, Processes
-from replica_plugin.rest import Rest
+from replica_plugin.connection import Connection
+from replica_plugin.deck import Deck, take
+from replica_plugin.processes import TURN, Link, Processes, _is_stream
+from replica_plugin.rest import Rest, queued
 
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
 TWO = {"processes_per_replica": 2, "threads_per_process": 1}
@@ -76,6 +79,24 @@ def test_what_a_process_takes_off_the_deck_and_hides_is_run_by_others(start, sta
         assert beside.result().status == 200
 
 
+def test_what_a_process_has_cut_short_on_the_deck_is_run_by_others(start, stage):
+    server = rogue(start, TWO)
+    dispatcher, workers = server.dispatcher, server.workers
+    with server.connect() as cutting:
+        cutting.ask("/shorten/x")
+        cutter = stage.next()
+        beside = server.later("/hold/y")
+        actor = stage.next()
+        waiting = [server.later("/hello") for _ in range(10)]
+        server.wait_numbers(running=2, waiting=10)
+        cutter.finish()
+        assert [each.result().status for each in waiting] == [200] * 10
+        assert cutting.reply().status == 200
+        actor.finish()
+        assert beside.result().status == 200
+    assert (server.dispatcher, server.workers) == (dispatcher, workers)
+
+
 @pytest.mark.parametrize("code", ["00", "77" * 20, "0100" + "00" * 8 + "ffff0000" + "00" * 8])
 def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code):
     server = rogue(start, TWO)
@@ -87,6 +108,43 @@ def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code)
     for actor in stage.take(2):
         actor.finish()
     assert [each.result().status for each in pending] == [200] * 2
+    assert server.dispatcher == dispatcher
+
+
+def test_a_process_that_has_read_more_ahead_than_fits_into_a_job_is_killed(start, stage):
+    """Whoever got that job would find it cut short: another process, or the dispatcher."""
+    server = rogue(start, TWO)
+    dispatcher = server.dispatcher
+    beside = server.later("/hold/x")
+    actor = stage.next()
+    assert server.get("/swell/x").status == 502
+    server.wait_log("says what no process of ours says: killing it")
+    actor.finish()
+    assert beside.result().status == 200
+    assert server.dispatcher == dispatcher
+
+
+@pytest.mark.parametrize("how", ["whole", "rest"])
+def test_a_process_that_makes_a_listener_of_a_connection_ends_that_and_no_more(start, how):
+    server = rogue(start, ONE)
+    dispatcher = server.dispatcher
+    with server.connect() as client:
+        assert client.ask(f"/listen/{how}").is_closed()
+    for _ in range(2):  # the first may get the slot before the dispatcher looks at the connection
+        assert server.get("/hello").status == 200
+    assert server.dispatcher == dispatcher
+
+
+@pytest.mark.parametrize("how", ["SHUT_WR", "SHUT_RDWR"])
+def test_a_process_that_shuts_the_control_socket_is_served_with_those_that_are_there(start, how):
+    server = rogue(start, TWO)
+    dispatcher = server.dispatcher
+    assert server.get(f"/shut/{how}").status == 200
+    server.wait_log(
+        "A process has shut the control socket: the replica serves on with the processes it has, "
+        "but no other can register until gunicorn is restarted"
+    )
+    assert server.get("/hello").status == 200
     assert server.dispatcher == dispatcher
 
 
@@ -137,7 +195,7 @@ class Control:
         self.children: list[subprocess.Popen[bytes]] = []
 
     def hear(self) -> None:
-        self.processes.on_event(self.reading.fileno(), select.EPOLLIN, 0.0)
+        self.processes.on_event(self.reading.fileno(), 0.0)
 
     def say(self, message: bytes, *fds: int) -> None:
         send(self.writing, message, *fds)
@@ -187,6 +245,7 @@ ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
 @pytest.mark.parametrize(
     ("message", "fds"),
     [
+        (b"", 0),
         (b"", 1),
         (b"?", 0),
         (b"R", 3),
@@ -276,11 +335,11 @@ def test_an_offer_of_a_process_that_is_dead_already_is_not_taken(control):
 def test_an_event_of_the_last_owner_of_a_number_is_not_the_death_of_a_process(control):
     child = control.register(age=1)
     (link,) = control.processes.links.values()
-    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    control.processes.on_event(link.pidfd, 0.0)
     assert control.office.told == ["on_registered"]
     child.kill()
     child.wait()
-    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    control.processes.on_event(link.pidfd, 0.0)
     assert control.office.told == ["on_registered", "on_death"]
 
 
@@ -323,6 +382,21 @@ def test_nothing_but_a_clients_connection_can_be_handed_back(control, kind):
     assert descriptors() == before
     for each in sockets:
         each.close()
+
+
+@pytest.mark.skipif(not hasattr(socket, "AF_VSOCK"), reason="no such sockets")
+def test_what_no_listener_of_ours_accepts_cannot_be_handed_back():
+    """Such as a stream to another virtual machine, whose protocol has the number 0, too."""
+    with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
+        assert not _is_stream(sock)
+
+
+def test_of_a_socket_that_a_process_has_changed_nothing_is_unread_or_queued_and_nobody_waits():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        conn = Connection(listener, "", "", local=False)
+        assert (conn.unread(), queued(listener)) == (0, 0)
+    with socket.socket(socket.AF_UNIX) as other:
+        assert Connection(other, "", "", local=False).is_stuck()
 
 
 # How much a process says.
@@ -369,7 +443,7 @@ def test_all_that_a_process_said_before_it_died_is_heard(control):
     count = int(child.stdout.readline())
     child.wait()
     (link,) = control.processes.links.values()
-    control.processes.on_event(link.pidfd, select.EPOLLIN, 0.0)
+    control.processes.on_event(link.pidfd, 0.0)
     assert control.office.told == ["on_registered", *["on_report"] * count, "on_death"]
 
 
@@ -380,6 +454,31 @@ def test_the_control_socket_leaves_others_their_turns(control):
     assert control.epoll.poll(0) == [(control.reading.fileno(), select.EPOLLIN)]
     control.hear()
     assert control.epoll.poll(0) == []
+
+
+@pytest.mark.parametrize("how", [socket.SHUT_WR, socket.SHUT_RDWR], ids=["wr", "rdwr"])
+def test_of_a_control_socket_that_is_shut_the_end_is_told_once_after_what_was_said(control, how):
+    control.offer(age=1)
+    control.writing.shutdown(how)
+    control.hear()
+    assert control.office.told == ["on_registered", "on_control_end"]
+    assert control.reading.fileno() not in dict(control.epoll.poll(0))
+
+
+def test_what_was_cut_short_on_the_deck_is_nobodys_and_its_descriptor_is_closed():
+    deck = Deck()
+    before = descriptors()
+    for _ in range(2):
+        send(deck._front, marshal.dumps(tuple(job(1)))[:20], 0)
+        assert deck.offer(job(2), 0)
+        assert take(deck.end) is None
+        assert deck.recall() == {2}
+    for request in (1, 2):
+        send(deck._front, marshal.dumps(tuple(job(request)))[:20], 0)
+    assert deck.recall() == set()
+    assert descriptors() == before
+    deck.end.close()
+    deck._front.close()
 
 
 # What a process leaves to be sent.
