@@ -45,6 +45,7 @@ connection with more than that read ahead is closed."""
 
 _ADDRESS = 1024  # characters of the longest address, as Python writes it
 _REPORT = struct.Struct("=BBQIQ")
+_LONGEST = _REPORT.size + LARGEST // 2  # report that a request is done
 _RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
@@ -150,7 +151,7 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
             raise ValueError("unknown, or cut short")
         if took and kind != Kind.DONE:
             raise ValueError("a slot takes a request when it ends one")
-        if kind == Kind.DONE and len(data) - _REPORT.size > LARGEST // 2:
+        if len(data) > _LONGEST and kind == Kind.DONE:
             raise ValueError("more than fits into the next job")
         rest = Rest(fds.pop()) if fds else None
     finally:
