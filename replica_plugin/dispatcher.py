@@ -272,7 +272,8 @@ class Dispatcher:
         if report.took:
             self._on_took(link, report.took, actions is not None)
         conn = self.requests.pop(report.request, None) if actions is not None else None
-        self.perform(actions or [], now)
+        if actions:
+            self.perform(actions, now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
         elif report.rest is not None:  # of another's request, or one that we have answered

@@ -47,6 +47,7 @@ from .heritage import is_dead
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
 _SHORTAGE = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
+_ENDS_A_JOB = (Kind.DONE, Kind.RETURNED)
 _FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 _STREAMS = (0, socket.IPPROTO_TCP, 262)  # Unix, TCP and MPTCP
 
@@ -231,7 +232,7 @@ class Processes:
             except ValueError:
                 self.on_nonsense(link)
                 return
-            link.busy -= report.kind in (Kind.DONE, Kind.RETURNED)
+            link.busy -= report.kind in _ENDS_A_JOB
             yield report
 
     def hear_all(self, now: float) -> bool:
