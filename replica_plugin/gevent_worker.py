@@ -141,6 +141,8 @@ class GeventWorker(ReplicaWorker):
 
     def _take_up(self, sock: socket.socket, deck: socket.socket) -> None:
         self._channel = GreenEnd(sock, deck)
+        if self._dead is not sock:
+            self._dead = None  # and closed
         self._changed.set()
 
     # In the main thread: the hub.
@@ -185,6 +187,7 @@ class GeventWorker(ReplicaWorker):
 
     def _on_death(self, sock: socket.socket) -> None:
         """The end of the channel tells the slots."""
+        self._dead = sock
 
     def _end(self) -> None:
         self.serving = False

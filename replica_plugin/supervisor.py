@@ -30,6 +30,7 @@ from typing import Any
 from gunicorn import util
 
 from .dispatcher import Dispatcher, Frame
+from .heritage import is_dead
 from .journal import Journal
 from .listeners import Listening
 from .pages import LoadPage, MasterPage, ReplicaPage
@@ -141,6 +142,9 @@ class Supervisor:
             except OSError as error:  # no memory, processes or descriptors for now
                 self._journal.error("No dispatcher can be started: %s", error.strerror)
                 time.sleep(PAUSE)
+                self._read_page()
+                if self._wishes.stop is not None or is_dead(self._inheritance.master_pidfd):
+                    sys.exit(1)
         self._born = self._watched = time.monotonic()
         self._poll.register(self._pidfd, select.POLLIN)
 

@@ -73,6 +73,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._channel: ProcessEnd | None = None
         self._leaving_since: float | None = None
         self._told: ProcessEnd | None = None  # whose dispatcher knows that we want to leave
+        self._dead: socket.socket | None = None  # whose end no slot may be free to read
         self._alone_since: float | None = None  # without a dispatcher, and wanting to leave
         self._dismissed_at: float | None = None
         self._working = 0
@@ -174,19 +175,22 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         any. It ends when told to, which our handlers would ignore, and its parent, whose attendant
         reads the same pipe, take for its own.
         """
-        if self._channel is not None:
-            for end in (self._channel.sock, self._channel.deck):
-                os.dup2(self._nowhere.fileno(), end.fileno(), inheritable=False)
-        self._control = self._nowhere
-        for slot in self._slots:
-            slot.forget()
-        self._cells.part()
-        self._cells.silence()
-        signal.set_wakeup_fd(-1)
-        for number in hook.ENDINGS:
-            if signal.getsignal(number) in (self.handle_exit, self.handle_quit):
-                signal.signal(number, signal.SIG_DFL)
-        self._let_signals_come()
+        try:
+            signal.set_wakeup_fd(-1)
+            for number in hook.ENDINGS:
+                if signal.getsignal(number) in (self.handle_exit, self.handle_quit):
+                    signal.signal(number, signal.SIG_DFL)
+            channel, self._channel = self._channel, None  # a child of the child has none to cut off
+            if channel is not None:
+                for end in (channel.sock, channel.deck):
+                    os.dup2(self._nowhere.fileno(), end.fileno(), inheritable=False)
+            self._control = self._nowhere
+            for slot in self._slots:
+                slot.forget()
+            self._cells.part()
+            self._cells.silence()
+        finally:
+            self._let_signals_come()
 
     def _on_slot_failed(self) -> None:
         """It is a slot less now: another process has all of them."""
@@ -232,7 +236,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def dismissed(self, channel: ProcessEnd) -> None:
         """A slot was told LEAVE: nothing lies behind it on the channel, all slots may end."""
-        self._dismissed_at = time.monotonic()
+        if self._dismissed_at is None:  # the attendant may have seen it before
+            self._dismissed_at = time.monotonic()
         self._end()
         with suppress(OSError):  # the dispatcher was faster
             channel.sock.shutdown(socket.SHUT_RD)
@@ -386,7 +391,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         now, channel = time.monotonic(), self._channel
         if self._leaving_since is None:
             self._leaving_since = now
-        if channel is None:
+        if channel is None or channel.sock is self._dead:
             self._end_if_alone(now)
             return
         self._alone_since = None

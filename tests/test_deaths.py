@@ -422,8 +422,8 @@ def test_a_process_that_has_lost_a_slot_to_a_late_exception_of_the_apps_is_repla
         pytest.skip("its slots are in one thread")
     config = {"processes_per_replica": 1, "threads_per_process": 2}
     server = start(config=config, app="late:application", files={"late.py": LATE})
-    assert server.get("/late").status == 200
     (before,) = server.workers
+    assert server.get("/late").status == 200
     clients = hold(server, 0, 2)
     for _ in clients:
         stage.next().finish()

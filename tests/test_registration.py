@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import signal
 import socket
 import threading
 from contextlib import suppress
@@ -112,7 +113,7 @@ class Leaving:
         monkeypatch.setattr(worker, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.process: Any = object.__new__(worker.ReplicaWorker)
         self.process.__dict__.update(
-            _channel=None, _leaving_since=None, _alone_since=None, _told=None,
+            _channel=None, _dead=None, _leaving_since=None, _alone_since=None, _told=None,
             _dismissed_at=None, _end=self._end, ppid=os.getppid(),
         )  # fmt: skip
 
@@ -137,6 +138,18 @@ def test_a_process_that_has_long_wanted_to_leave_waits_for_another_dispatcher(mo
     leaving.look(90.0, None)
     assert not leaving.ended
     leaving.look(90.5 + worker.ORPHAN_TIME, None)
+    assert leaving.ended
+
+
+def test_a_process_sees_that_its_dispatcher_is_dead_though_no_slot_is_free_to(monkeypatch):
+    """In gevent mode the slots tell that a channel has ended, if one of them reads it."""
+    leaving = Leaving(monkeypatch)
+    channel = ProcessEnd(*pair())
+    leaving.look(0.0, channel)
+    leaving.process._dead = channel.sock
+    leaving.look(60.0, channel)
+    assert not leaving.ended
+    leaving.look(60.5 + worker.ORPHAN_TIME, channel)
     assert leaving.ended
 
 
@@ -203,3 +216,27 @@ def test_a_process_whose_slot_has_failed_wants_to_leave(mode, error):
     running.start()
     running.join()
     assert (process._working, process.alive) == (1, False)
+
+
+class Stubborn:
+    """A slot whose descriptors the app has closed."""
+
+    def forget(self) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def test_a_child_that_cannot_part_from_its_parent_has_no_signals_blocked():
+    process: Any = object.__new__(thread_worker.ThreadWorker)
+    process.__dict__.update(
+        _forking=threading.local(), _channel=None, _nowhere=None, _slots=[Stubborn()]
+    )
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    wakeup = signal.set_wakeup_fd(-1)
+    process._hold_signals()
+    try:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            process._part_from_parent()
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == before
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        signal.set_wakeup_fd(wakeup)

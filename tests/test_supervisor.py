@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,7 +39,7 @@ def one(monkeypatch):
     inheritance = supervisor.Inheritance(
         [], control.detach(), page.fd, replica_page.fd, load_page.fd, *fds, os.getppid()
     )
-    one = supervisor.Supervisor(inheritance, page, None, Said())
+    one = supervisor.Supervisor(inheritance, page, SimpleNamespace(stop=None), Said())
     monkeypatch.setattr(one, "_become_dispatcher", lambda: claim_and_stay(one))
     yield one
     signal.pidfd_send_signal(one._pidfd, signal.SIGKILL)
