@@ -51,8 +51,8 @@ def upgrade(scene: Scene) -> list[str]:
     new, times = _second_master(scene), scene.ledger.times
     scene.ledger.stopped_at = time.monotonic() + times.drain  # what is idle or silent is closed
     scene.signal(new, signal.SIGTERM, "new master")
-    pid = scene.server.process.pid
-    wait_for(lambda: new not in scene.server.children(pid), "the new master's end", 60.0)
+    # Until it is reaped: before that gunicorn ignores another USR2.
+    wait_for(lambda: not os.path.exists(f"/proc/{new}"), "the new master's end", 60.0)
     wait_for(lambda: not (scene.server.folder / "pid.2").exists(), "its pidfile's end")
     new = _second_master(scene)
     scene.to_master(signal.SIGTERM)
