@@ -309,7 +309,7 @@ class Decisions:
 
     def resume(self, now: float) -> list[Action]:
         """It was a pause: what is in flight goes on, and processes leave as ever."""
-        self.roster.stopping = self.roster.drained = False
+        self.roster.stopping = self.roster.drained = self.given_up = False
         return self._changed() + self._start(now)
 
     def drain(self) -> list[Action]:

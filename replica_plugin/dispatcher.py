@@ -466,7 +466,8 @@ class Dispatcher:
         self._journal.spared(self._decisions.rules.bound, now)
 
     def _dismiss(self, age: int) -> None:
-        if self._decisions.processes[age].stuck:
+        process = self._decisions.processes[age]
+        if process.stuck and not process.killed:
             self._journal.error(
                 "Process %d has a stuck request: it finishes what else it runs, and is replaced",
                 self._processes.links[age].pid,

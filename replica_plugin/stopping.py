@@ -84,9 +84,12 @@ class Stopping:
         roster, stop = self._decisions.roster, self.stop
         if roster.stopping and self._clients.called and not roster.drained:
             self._drain_if_done(now)
+        nobody = not (live or self._processes.links)
+        if self._paused and stop is None and nobody:
+            self._refuse(now)
         if stop is None or not stop.graceful:
             return
-        if now >= self._give_up_at(stop) or not (live or self._processes.links):
+        if nobody or now >= self._give_up_at(stop):
             self._give_up(now)
         gone = self._clients.called and roster.drained and not self._clients.connections
         late = now >= self._end_at(stop)
@@ -107,16 +110,22 @@ class Stopping:
     def _give_up(self, now: float) -> None:
         """Answer what waits, what has come in part, and what runs and has sent nothing.
 
-        The last in two turns: in the first its slots lose the right to begin a response.
+        The last in two turns: in the first its slots lose the right to begin a response. Nothing
+        begins any more, so that processes may go which have nothing to do.
         """
         self._given_up += 1
-        self._host.perform(self._decisions.give_up(), now)
-        self._clients.give_up(OUT_OF_TIME, now)
+        self._refuse(now)
+        self._host.perform(self._decisions.drain(), now)
         for link in self._processes.links.values():
             if link.silenced:
                 self._answer_for(link, now)
             link.silenced = True
             link.cells.silence()
+
+    def _refuse(self, now: float) -> None:
+        """Nobody will work on what waits, on what has come in part, or on what comes yet."""
+        self._host.perform(self._decisions.give_up(), now)
+        self._clients.give_up(OUT_OF_TIME, now)
 
     def _answer_for(self, link: Link, now: float) -> None:
         begun = link.cells.begun()

@@ -230,7 +230,7 @@ class Model:
         self.stopping = True
 
     def resume(self, now, actions):
-        self.stopping = self.drained = False
+        self.stopping = self.drained = self.given_up = False
         self._judge(actions)
 
     def drain(self, actions):

@@ -425,6 +425,7 @@ def test_after_a_pause_in_which_all_left_others_begin_what_comes():
     decisions.stop()
     assert decisions.drain() == [Dismiss(1)]
     decisions.died(1, [], 0.0)
+    decisions.give_up()  # nobody is left
     assert decisions.resume(0.0) == []
     assert join(decisions, 2, 1) == []
     assert arrive(decisions, 1) == [Send(1, 2)]

@@ -122,6 +122,29 @@ def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, s
     start.wait_nothing_left()
 
 
+def test_what_waits_in_a_pause_is_refused_when_the_last_process_has_died(start, stage):
+    options = ("--daemon", "--pid", "pid", "--error-logfile", "error")
+    config = {"processes_per_replica": 1, "threads_per_process": 1}
+    server = start(
+        *options, bind=("unix:here",), listening_in="error", ready=False, config=config,
+        command=COMMAND,
+    )  # fmt: skip
+    master = int(wait_for(lambda: _text(server.folder / "pid").strip(), "the pidfile"))
+    try:
+        running, waiting = (server.connect().ask(f"/hold/{n}") for n in range(2))
+        actor = stage.next()
+        server.tell(signal.SIGWINCH, master)
+        server.tell(signal.SIGKILL, actor.pid)
+        assert running.reply().status == 502
+        assert waiting.reply().status == 503
+        late = server.connect().ask("/hello")
+        server.tell(signal.SIGHUP, master)
+        assert late.reply().status == 200
+    finally:
+        server.tell(signal.SIGTERM, master)
+    start.wait_nothing_left()
+
+
 PAUSE = 0.01  # leaves the processors to those who boot
 
 

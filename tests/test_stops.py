@@ -53,6 +53,19 @@ def test_term_answers_what_runs_what_waits_and_what_has_begun_to_come(start, sta
     assert not os.path.exists(server.addresses[1])
 
 
+def test_a_process_without_work_leaves_before_the_end_of_a_stop(start, stage):
+    """And is not killed, though another still sends."""
+    config = {"processes_per_replica": 2, "threads_per_process": 1}
+    server = start("--graceful-timeout", "8", config=config)
+    client = server.connect().ask("/begun/x")
+    actor = stage.next()
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: server.workers == [actor.pid], "the end of the idle process")
+    actor.finish()
+    assert client.reply().status == 200
+    assert server.stop() == 0
+
+
 def test_stock_gunicorn_resets_a_request_that_has_begun_to_come(start, stage):
     """The control: gthread, whatever the mode."""
     server = start("--threads", "2", "--graceful-timeout", "1", base=STOCK)

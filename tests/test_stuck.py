@@ -171,6 +171,7 @@ def test_code_that_keeps_the_gil_costs_its_process_and_what_waits_goes_on(serve,
     assert {each.result().status for each in waiting} == {200}
     assert server.get("/count").json["pid"] != pid
     server.wait_log(f"Process {pid} does not answer, and has a stuck request: killing it.")
+    assert "it finishes what else it runs" not in server.log
     assert re.search(r'stuck_app.py", line \d+ in grip', server.log)
     assert re.findall(r'"GET /grip/x HTTP/1.1" (\d+)', server.log) == ["504"]
 
