@@ -292,14 +292,10 @@ class Decisions:
 
     # Events from the master, and from the clock.
 
-    def ruled(self, rules: Rules, live: Iterable[int], now: float, failed: int = 0) -> list[Action]:
-        """The master's word: the rules, and the ages of the processes it has forked.
-
-        `failed` is the age of the newest one that could not load the app; it is known by the time
-        that one is not among the living any more.
-        """
+    def ruled(self, rules: Rules, live: Iterable[int], now: float, newest: int = 0) -> list[Action]:
+        """The master's word: the rules, and the ages of its processes, and of the `newest` fork."""
         self.rules = rules
-        self.roster.told(rules.processes, live, failed)
+        self.roster.told(rules.processes, live, newest)
         return self._changed() + self._start(now)
 
     def stop(self) -> None:

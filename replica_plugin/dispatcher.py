@@ -506,10 +506,9 @@ class Dispatcher:
             self._journal.setup(wishes.logging)
         self._wishes = wishes
         self._clients.serve(wishes.serving)
-        failed = self._frame.load_page.failed  # read after the master's page
         pausing = not wishes.rules.processes
         rules = self._decisions.rules if pausing else wishes.rules
-        self.perform(self._decisions.ruled(rules, wishes.live, now, failed), now)
+        self.perform(self._decisions.ruled(rules, wishes.live, now, wishes.newest), now)
         self._stopping.pause(pausing, now)
         if wishes.supervisor and not self._guard.told(wishes.supervisor):
             self._tell_unguarded()

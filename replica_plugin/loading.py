@@ -106,7 +106,7 @@ class Loading:
             if not self._process.alive:  # a signal has told us to leave
                 raise
             self._process.log.exception("The app cannot be loaded")
-            self._load_page.note_failure(self._process.age)
+            self._load_page.note_failure()
             return False
         self._load_page.note_loaded(self._process.age, self._wishes().live)
         return True

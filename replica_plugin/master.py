@@ -62,6 +62,7 @@ class Arbiter(Protocol):
     log: Any
     pid: int
     num_workers: int
+    worker_age: int
     worker_class: Any
     master_pid: int
     WORKERS: dict[int, Any]
@@ -158,6 +159,7 @@ class Master:
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
+            newest=self._arbiter.worker_age,
             most_threads=self._most_threads,
             graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),

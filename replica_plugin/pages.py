@@ -237,8 +237,7 @@ class ReplicaPage(_Page):
 class LoadPage:
     """How loading the app went. Written by the processes that load it, a word at a time.
 
-    The words: the age of the newest process that could not; how many in a row could not; and the
-    ages of those that have it, in no order. A process that dies leaves each word old or new.
+    The words: how many in a row could not; and the ages of those that have it, in no order. A process that dies leaves each word old or new.
     Locks end with the process that holds them.
     """
 
@@ -254,14 +253,9 @@ class LoadPage:
         os.close(self.fd)
 
     @property
-    def failed(self) -> int:
-        """The age of the newest process that could not load the app; 0 if each could."""
-        return self._words[0]
-
-    @property
     def failures(self) -> int:
         """How many in a row could not."""
-        return self._words[1]
+        return self._words[0]
 
     def take_turn(self, lane: int) -> bool:
         """Take the turn to load the app, if nobody else has it; there is one in each lane."""
@@ -280,19 +274,18 @@ class LoadPage:
 
     def loaded(self, live: Iterable[int]) -> set[int]:
         """The ages of the processes, of these, that have the app loaded."""
-        return set(self._words[2:]) & set(live)
+        return set(self._words[1:]) & set(live)
 
     def note_loaded(self, age: int, live: Iterable[int]) -> None:
         others = set(live)
         with self._noting():
-            free = (n for n, each in enumerate(self._words[2:], 2) if each not in others)
+            free = (n for n, each in enumerate(self._words[1:], 1) if each not in others)
             self._words[next(free)] = age
-            self._words[1] = 0
+            self._words[0] = 0
 
-    def note_failure(self, age: int) -> None:
+    def note_failure(self) -> None:
         with self._noting():
-            self._words[0] = max(self._words[0], age)
-            self._words[1] += 1
+            self._words[0] += 1
 
     @contextmanager
     def _noting(self) -> Iterator[None]:

@@ -25,19 +25,18 @@ class Roster:
         self.stopping = False
         self.drained = False
         self.live: frozenset[int] = frozenset()
-        self._failed = 0
+        self._newest = 0  # of those that the master has forked
+        self._loaded = 0  # the newest that has ever registered
 
     @property
     def booting(self) -> bool:
         """Whether the master has a process that has not registered with us yet."""
-        return bool(self.live - {each.age for each in self.processes.values() if each.registered})
+        return bool(self.live - self._registered())
 
     @property
     def cannot_load(self) -> bool:
-        """Whether the newest process that has tried to load the app could not."""
-        return self._failed > max(
-            (p.age for p in self.processes.values() if p.registered), default=0
-        )
+        """Whether the newest process has ended before it had the app loaded, however it ended."""
+        return self._newest > self._loaded and self._newest not in self.live
 
     @property
     def is_ready(self) -> bool:
@@ -49,15 +48,15 @@ class Roster:
         """Whether healthz says 200: a process is usable, or one is on its way."""
         return bool(self.usable) or self.booting
 
-    def told(self, wanted: int, live: Iterable[int], failed: int) -> None:
-        """The master's word: p, the ages of the processes it has forked, and of the newest
-        that could not load the app, which is known by the time it is not among the living."""
+    def told(self, wanted: int, live: Iterable[int], newest: int) -> None:
+        """The master's word: p, the ages of the processes it has forked, and of the last."""
         self.wanted = wanted
         self.live = frozenset(live)
-        self._failed = failed
+        self._newest = newest
 
     def changed(self) -> list[Action]:
         """Processes or rules have changed: who leaves now, and who is usable."""
+        self._loaded = max(self._loaded, *self._registered(), 0)
         dismissed: list[Action] = []
         for process in sorted(self.processes.values(), key=lambda each: each.age):
             if self._wants_to_leave(process) and self.may_leave(process):
@@ -87,6 +86,9 @@ class Roster:
             return True
         enough = len(self._present()) >= self.wanted
         return enough and not (self.booting or self.cannot_load)
+
+    def _registered(self) -> set[int]:
+        return {each.age for each in self.processes.values() if each.registered}
 
     def _present(self) -> list[Process]:
         """Processes that have registered and have not been dismissed."""

@@ -48,8 +48,9 @@ class Privileges:
 class Wishes:
     """Everything the master's page says.
 
-    `live` are the ages of the processes that the master has forked; none of them can have more
-    slots than `most_threads`, before a reload or behind it. `supervisor` is the pid of
+    `live` are the ages of the processes that the master has forked, `newest` is the one of the
+    last, which may be dead; none of them can have more slots than `most_threads`, before a reload
+    or behind it. `supervisor` is the pid of
     the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
     gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
     will; `draining` that a stop is about to begin, and nothing new should be sent to us.
@@ -58,6 +59,7 @@ class Wishes:
     rules: Rules
     serving: Serving
     live: tuple[int, ...]
+    newest: int
     most_threads: int
     graceful_timeout: float
     privileges: Privileges
@@ -90,6 +92,7 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
             }
         ),
         live=tuple(state["live"]),
+        newest=state["newest"],
         most_threads=state["most_threads"],
         graceful_timeout=state["graceful_timeout"],
         privileges=Privileges(**state["privileges"]),

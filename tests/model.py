@@ -70,7 +70,8 @@ class Model:
     def __init__(self, rules: Rules, was_ready: bool = False) -> None:
         self.rules = rules
         self.live: frozenset[int] = frozenset()
-        self.failed = 0
+        self.newest = 0
+        self.loaded = 0  # the newest that has ever registered
         self.waiting: list[int] = []
         self.exempt: list[int] = []  # those that wait
         self.exempts: set[int] = set()  # all there ever were
@@ -132,6 +133,7 @@ class Model:
 
     def registered(self, age, slots, owed, extra, actions):
         self.processes[age] = Known(age, slots, owed=owed, extra=extra)
+        self.loaded = max(self.loaded, age)
         self._judge_who_leaves(actions)
 
     def freed(self, age, now, actions):
@@ -218,11 +220,11 @@ class Model:
         self._wait_again(dead.sent & unread)
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
-    def ruled(self, rules, live, now, failed, actions):
+    def ruled(self, rules, live, now, newest, actions):
         self.now = now
         self.rules = rules
         self.live = frozenset(live)
-        self.failed = failed
+        self.newest = newest
         self._judge(actions)
 
     def stop(self, actions):
@@ -334,7 +336,7 @@ class Model:
             assert self.drained, "P7: in a stop processes stay until nothing is left"
         elif len(self.present()) <= self.rules.processes:  # one less is one too few
             assert not self.loading(), "P7: not below p while a successor loads"
-            assert not (self.failed and self.cannot_load()), "P7: not below p while none can load"
+            assert not self.cannot_load(), "P7: not below p while none can load"
             assert len(self.present()) == self.rules.processes, "P7: one at a time"
         if not (self._may_leave(process) and asked):
             assert self._may_end_another(), "P11: not more often than is promised"
@@ -345,7 +347,7 @@ class Model:
         if self.stopping:
             return self.drained
         enough = len(self.present()) >= self.rules.processes
-        spared = enough and not self.loading() and not (self.failed and self.cannot_load())
+        spared = enough and not self.loading() and not self.cannot_load()
         return spared or self._is_replaced(process)
 
     def _is_replaced(self, process):
@@ -432,7 +434,7 @@ class Model:
         return self.live - registered
 
     def cannot_load(self):
-        return all(each.age < self.failed for each in self.processes.values() if each.registered)
+        return self.loaded < self.newest and self.newest not in self.live
 
     def _expiry(self, request):
         timeout = math.inf if self.rules.queue_timeout is None else self.rules.queue_timeout
@@ -457,7 +459,7 @@ class Model:
         assert decisions.in_flight == self.in_flight()
         assert len(decisions.roster.usable) == len(self.usable())
         assert decisions.roster.booting == bool(self.loading())
-        assert decisions.roster.cannot_load == bool(self.failed and self.cannot_load())
+        assert decisions.roster.cannot_load == self.cannot_load()
         assert decisions.roster.is_healthy == bool(self.usable() or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.roster.is_ready == ready

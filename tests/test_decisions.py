@@ -399,25 +399,26 @@ def test_nobody_is_dismissed_for_a_successor_that_could_not_load_the_app():
     decisions = replica(2, 1)
     decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)
     assert decisions.leaving(1) == decisions.leaving(2) == []
-    assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, failed=3) == []
-    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, failed=4) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, newest=4) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, newest=4) == []
     assert len(decisions.roster.usable) == 2
 
 
 def test_those_who_stayed_leave_when_successors_can_load_again():
     decisions = replica(2, 1)
-    decisions.ruled(Rules(2, 1), [1, 2, 5, 6], 0.0, failed=4)
+    decisions.ruled(Rules(2, 1), [1, 2, 5, 6], 0.0, newest=6)
     assert decisions.leaving(1) == decisions.leaving(2) == []
     assert join(decisions, 5, 1) == [Dismiss(1)]
     assert join(decisions, 6, 1) == [Dismiss(2)]
 
 
-def test_one_that_could_not_load_long_ago_keeps_nobody_from_leaving():
-    decisions = replica(2, 1)
+def test_one_that_has_loaded_and_died_keeps_nobody_from_leaving():
+    decisions = replica(3, 1)
+    decisions.died(2, [], 0.0)
     join(decisions, 4, 1)
-    decisions.ruled(Rules(2, 1), [2, 4], 0.0, failed=3)
-    decisions.died(1, [], 0.0)
-    assert decisions.leaving(2) == [Dismiss(2)]
+    decisions.died(4, [], 0.0)
+    decisions.ruled(Rules(2, 1), [1, 3], 0.0, newest=4)
+    assert decisions.leaving(1) == [Dismiss(1)]
 
 
 def test_after_a_pause_in_which_all_left_others_begin_what_comes():

@@ -58,7 +58,7 @@ CLIENTS = 6
 LONG = 1000.0  # longer than every deadline
 REQUEST = b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"
 WISHES = Wishes(
-    Rules(1, 2, request_timeout=60.0), Serving(), (1,), 2, 30, Privileges(0, 0, False), {}
+    Rules(1, 2, request_timeout=60.0), Serving(), (1,), 1, 2, 30, Privileges(0, 0, False), {}
 )
 
 

@@ -22,6 +22,7 @@ from replica_plugin.pages import LoadPage, MasterPage, Numbers, ReplicaPage
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 BROKEN = "raise RuntimeError('a broken deploy')\n"
+KILLED = "import os\nos.kill(os.getpid(), 9)\n"
 HELD = {"HOLD_IMPORT": "1"}
 TOLD_EARLY = """\
 import os
@@ -84,6 +85,27 @@ def test_hup_to_an_app_that_cannot_load_is_logged_and_the_old_processes_serve_on
     assert load.failures == []
 
 
+@IN_BOTH_MODES
+@pytest.mark.parametrize("p", [1, 2])
+def test_hup_to_an_app_whose_load_is_killed_leaves_the_old_processes_where_they_are(start, p):
+    """For want of memory, say: nobody is left who could tell."""
+    server = start_app(start, config={**TWO, "processes_per_replica": p})
+    old = server.workers
+    with Load(server, "/") as load:
+        load.go_on(50)
+        deploy(server, KILLED)
+        server.tell(signal.SIGHUP)
+        server.wait_log("was sent SIGKILL!", p)
+        load.go_on(200)
+        wait_for(lambda: server.workers == old, "nothing but the old ones")
+        deploy(server, APP)
+        server.tell(signal.SIGHUP)
+        wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+        server.wait_numbers(processes=p, slots=2 * p)
+        load.go_on(50)
+    assert load.failures == []
+
+
 def test_a_dead_process_is_replaced_after_a_failed_hup_and_then_the_others_are_too(start):
     server = start_app(start, config=TWO)
     old = server.workers
@@ -134,7 +156,7 @@ def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the
     replica.write(Numbers(was_ready=1))
     master.write(WISHES.encode())  # none is missing
     for age in range(1024):
-        page.note_failure(age)
+        page.note_failure()
     monkeypatch.setattr("replica_plugin.loading.start_new_thread", lambda *_: None)
     process = SimpleNamespace(age=1024, ppid=os.getppid(), alive=True, log=logging.getLogger())
     with pytest.raises(SystemExit) as end:

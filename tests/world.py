@@ -79,7 +79,6 @@ class World:
         self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
         self._ages = 0
         self._numbers = 0
-        self.failed = 0  # the newest age that could not load the app
         self._reloading = 0  # the newest age of before, while a reload waits for those to go
         self.reads_at_once = True
         self.deck: list[int] = []
@@ -93,7 +92,8 @@ class World:
 
     def write(self, *forking: int) -> None:
         """Write the page, and nudge; the dispatcher may look at once, or later."""
-        self.page = (self.rules, frozenset({*self.workers, *forking}), self.stopped)
+        live = frozenset({*self.workers, *forking})
+        self.page = (self.rules, live, self._ages, self.stopped)
         if self.reads_at_once and hasattr(self, "decisions"):
             self.read()
 
@@ -150,7 +150,6 @@ class World:
     def fail(self, worker: Worker) -> None:
         """It cannot load the app, says so, and ends."""
         if worker.booting:
-            self.failed = max(self.failed, worker.age)
             self.die(worker)
 
     def reap(self, worker: Worker) -> None:
@@ -382,11 +381,11 @@ class World:
 
     def read(self) -> None:
         """Look at the master's page."""
-        rules, live, stopped = self.page
+        rules, live, newest, stopped = self.page
         paused = not rules.processes
         if paused:
             rules = self.decisions.rules
-        self.tell("ruled", rules, live, self.now, self.failed)
+        self.tell("ruled", rules, live, self.now, newest)
         if self.decisions.roster.stopping and not (stopped or paused):
             self.tell("resume", self.now)
         if (stopped or paused) and not self.decisions.roster.stopping:
