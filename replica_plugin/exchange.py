@@ -24,12 +24,10 @@ from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, Sen
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
-from .settled import Request
+from .settled import Request, get_parser
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
 _CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
-
-_get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
 
 
 class Worker(Protocol):
@@ -53,7 +51,7 @@ class Exchange:
         self._job = job
         self._sock = sock
         self._run = run
-        self._parser = _get_parser(worker.cfg, sock, job.client)
+        self._parser = get_parser(worker.cfg, sock, job.client)
         self._parser.req_count = job.number - 1
         if self._parser.mesg_class is http.Request:
             self._parser.mesg_class = Request
