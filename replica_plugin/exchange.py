@@ -56,6 +56,7 @@ class Exchange:
         if self._parser.mesg_class is http.Request:
             self._parser.mesg_class = Request
         self._request: Any = None
+        self._body: _Body | None = None  # unless the request has none
         self._carry = job.carry
         self._took: timedelta | None = None  # until the body was sent
         if job.ahead:
@@ -66,6 +67,7 @@ class Exchange:
         try:
             self._request = self._run.asked = next(self._parser)
             self._know_proxy()
+            self._know_body()
             response = self._respond()
             return self._report(self._end_of(response))
         except BaseException as error:  # CancelledError and the like are none of the slot's
@@ -94,6 +96,11 @@ class Exchange:
             self._carry = json.dumps(info).encode()
         elif self._carry:  # another process has written it: no marshal, which can crash this one
             self._request.proxy_protocol_info = json.loads(self._carry)
+
+    def _know_body(self) -> None:
+        body = self._request.body
+        if getattr(body.reader, "length", None) != 0:  # most requests have none
+            body.reader = self._body = _Body(body.reader)
 
     # The app.
 
@@ -176,14 +183,14 @@ class Exchange:
     def _drained(self) -> bool:
         """Whether the rest of the body, which the app did not read, has been thrown away."""
         body, left = self._request.body, DRAIN
-        if getattr(body.reader, "length", None) == 0:  # most requests have none
+        if self._body is None:
             return True
         self._sock.read_only_what_is_there()
         try:
             while left > 0:
                 part = body.read(min(left, 8192))
                 if not part:
-                    return not getattr(body, "failed", False)
+                    return not self._body.broken_off
                 left -= len(part)
         except Exception:  # malformed, or not there yet: where it ends is unknown
             return False
@@ -246,6 +253,26 @@ def _completes(part: Any, response: Any) -> bool:
         return True
     status = getattr(response, "status_code", None)  # an app may have given none
     return response.req.method == "HEAD" or status in (204, 304)  # the head is all
+
+
+class _Body:
+    """What gunicorn reads a body with, and whether a read was ever broken off.
+
+    Then nobody knows where the request ends: what was raised there, by a timeout of the app's, say,
+    has ended the generator that follows the chunks, which looks as if the last one had come.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self.broken_off = False
+
+    def read(self, size: int) -> bytes:
+        try:
+            data: bytes = self._reader.read(size)
+        except BaseException:
+            self.broken_off = True
+            raise
+        return data
 
 
 class _CutShortError(Exception):
