@@ -136,10 +136,14 @@ class Arrivals:
         return space > 0
 
     def _peek(self, conn: Connection) -> bytes | None:
-        """What lies there, as much of it as may matter; None at the end of the stream."""
+        """What lies there, as much of it as may matter; None at the end of the stream.
+
+        What follows a head may be a megabyte of others, each of which has a look of its own.
+        """
+        space = PEEK if conn.head is None else len(self.buffer)
         while True:
             try:
-                size = conn.sock.recv_into(self.buffer, 0, _PEEK)
+                size = conn.sock.recv_into(self.buffer, space, _PEEK)
             except BlockingIOError:
                 size = 0
             else:
@@ -148,22 +152,24 @@ class Arrivals:
                 conn.hung_up = conn.hung_up or not size
             data = conn.ahead + memoryview(self.buffer)[:size]
             conn.arrived = len(data)
-            if size < len(self.buffer):
+            if size < space:
                 return data
             if not self._wants_more(conn, data):
                 self.measure(conn)
                 return data
-            self.buffer = bytearray(4 * len(self.buffer))
+            space *= 4
+            if space > len(self.buffer):
+                self.buffer = bytearray(space)
 
     def _wants_more(self, conn: Connection, data: bytes) -> bool:
         """Whether the buffer, which is full, is too small for what it must show.
 
         Raises HeadTooLarge.
         """
-        if conn.head is None and data.find(b"\r\n\r\n", 2) < 0:
-            return len(data) <= self.serving.limits.head
         head = conn.head or read_head(data, self.serving.limits, conn.number == 1)
-        return head is not None and head.chunked and len(data) < self._enough(head)
+        if head is None:  # nor has a PROXY preamble ended, perhaps
+            return len(data) <= self.serving.limits.head
+        return head.chunked and len(data) < self._enough(head)
 
     def _is_ready(self, conn: Connection, data: bytes) -> bool:
         """Raises HeadTooLarge."""

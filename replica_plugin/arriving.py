@@ -118,7 +118,7 @@ class Arriving:
             self._arrivals.expect_head(conn)
             if conn.arrived and conn.timer is self._idle:
                 self._host.time(conn, self._heads, now)
-        if conn.local and conn.arrived and conn not in self._quiet:
+        if conn.arrived and (conn.local or conn.head is None) and conn not in self._quiet:
             self._quiet.start(conn, now)
         self._host.watch(conn)
 
@@ -161,15 +161,14 @@ class Arriving:
         """A client is silent, perhaps because nobody takes what it has sent."""
         if conn.state != State.ARRIVING or not conn.arrived:
             return
-        if not conn.local:
-            if conn.is_stuck():
-                self._host.on_ready(conn, now)
+        if not (conn.local or conn.is_stuck()):
             return
         before = len(conn.ahead)
-        if conn.head is not None or not self._arrivals.take_ahead(conn):
+        if conn.head is None and self._arrivals.take_ahead(conn):
+            if len(conn.ahead) > before:  # what came while it was taken is reported by nobody
+                self.look(conn, now)
+        elif conn.local or conn.head is not None:
             self._host.on_ready(conn, now)
-        elif len(conn.ahead) > before:  # what came while it was taken is reported by nobody
-            self.look(conn, now)
 
     def _on_idle(self, conn: Connection, now: float) -> None:
         """Its event may be among those of the next turn: with many, one turn does not see all."""

@@ -44,6 +44,7 @@ LARGEST = 1 << 16
 connection with more than that read ahead is closed."""
 
 _ADDRESS = 1024  # characters of the longest address, as Python writes it
+_STALL = 4096  # bytes of the longest Stall
 _REPORT = struct.Struct("=BBQIQ")
 _LONGEST = _REPORT.size + LARGEST // 2  # report that a request is done
 _RESTS = 0x80  # beside the end: a descriptor travels with it
@@ -194,6 +195,8 @@ class Stall:
 
 def decode_stall(data: bytes) -> Stall | None:
     """None for what no process of ours says."""
+    if len(data) > _STALL:
+        return None
     try:
         fields = json.loads(data)
         place = "".join(filter(str.isprintable, str(fields["place"])))

@@ -24,12 +24,10 @@ from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, Sen
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
-from .settled import Request
+from .settled import Request, get_parser
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
 _CLIENT_GONE = (errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN, errno.ESHUTDOWN)
-
-_get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
 
 
 class Worker(Protocol):
@@ -53,11 +51,12 @@ class Exchange:
         self._job = job
         self._sock = sock
         self._run = run
-        self._parser = _get_parser(worker.cfg, sock, job.client)
+        self._parser = get_parser(worker.cfg, sock, job.client)
         self._parser.req_count = job.number - 1
         if self._parser.mesg_class is http.Request:
             self._parser.mesg_class = Request
         self._request: Any = None
+        self._body: _Body | None = None  # unless the request has none
         self._carry = job.carry
         self._took: timedelta | None = None  # until the body was sent
         if job.ahead:
@@ -68,6 +67,7 @@ class Exchange:
         try:
             self._request = self._run.asked = next(self._parser)
             self._know_proxy()
+            self._know_body()
             response = self._respond()
             return self._report(self._end_of(response))
         except BaseException as error:  # CancelledError and the like are none of the slot's
@@ -96,6 +96,11 @@ class Exchange:
             self._carry = json.dumps(info).encode()
         elif self._carry:  # another process has written it: no marshal, which can crash this one
             self._request.proxy_protocol_info = json.loads(self._carry)
+
+    def _know_body(self) -> None:
+        body = self._request.body
+        if getattr(body.reader, "length", None) != 0:  # most requests have none
+            body.reader = self._body = _Body(body.reader)
 
     # The app.
 
@@ -178,14 +183,14 @@ class Exchange:
     def _drained(self) -> bool:
         """Whether the rest of the body, which the app did not read, has been thrown away."""
         body, left = self._request.body, DRAIN
-        if getattr(body.reader, "length", None) == 0:  # most requests have none
+        if self._body is None:
             return True
         self._sock.read_only_what_is_there()
         try:
             while left > 0:
                 part = body.read(min(left, 8192))
                 if not part:
-                    return not getattr(body, "failed", False)
+                    return not self._body.broken_off
                 left -= len(part)
         except Exception:  # malformed, or not there yet: where it ends is unknown
             return False
@@ -248,6 +253,26 @@ def _completes(part: Any, response: Any) -> bool:
         return True
     status = getattr(response, "status_code", None)  # an app may have given none
     return response.req.method == "HEAD" or status in (204, 304)  # the head is all
+
+
+class _Body:
+    """What gunicorn reads a body with, and whether a read was ever broken off.
+
+    Then nobody knows where the request ends: what was raised there, by a timeout of the app's, say,
+    has ended the generator that follows the chunks, which looks as if the last one had come.
+    """
+
+    def __init__(self, reader: Any) -> None:
+        self._reader = reader
+        self.broken_off = False
+
+    def read(self, size: int) -> bytes:
+        try:
+            data: bytes = self._reader.read(size)
+        except BaseException:
+            self.broken_off = True
+            raise
+        return data
 
 
 class _CutShortError(Exception):

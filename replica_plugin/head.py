@@ -72,11 +72,15 @@ class Head(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """Where looking ends: `head` and `line` in bytes; `proxy` if a PROXY line may come first."""
+    """Where looking ends: `head` and `line` in bytes; `proxy` if a PROXY line may come first.
+
+    `at_once` if gunicorn's parser refuses what is malformed without waiting for the head's end.
+    """
 
     head: int = 1 << 20
     line: int = 4094
     proxy: bool = False
+    at_once: bool = True
 
 
 def read_head(data: bytes | bytearray, limits: Limits, first: bool) -> Head | None:
@@ -93,7 +97,7 @@ def read_head(data: bytes | bytearray, limits: Limits, first: bool) -> Head | No
         if end - start > limits.head:
             raise HeadTooLarge
         return _parse(bytes(data[start : end + 4]), end + 4)
-    if _hopeless(data, start, limits):
+    if limits.at_once and _hopeless(data, start, limits):
         return Head(len(data))
     if len(data) - start > limits.head:
         raise HeadTooLarge

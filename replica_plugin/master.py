@@ -39,6 +39,7 @@ from .head import Limits
 from .heritage import is_dead
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
+from .settled import refuses_at_once
 from .supervisor import Inheritance
 
 STARTER = (
@@ -315,7 +316,9 @@ def _serving(settings: Settings, cfg: Config) -> Serving:
     prefix = settings.probes
     names = ("healthz", "readyz") if prefix else ()
     return Serving(
-        limits=Limits(_head_limit(cfg), cfg.limit_request_line, _takes_proxy_lines(cfg)),
+        limits=Limits(
+            _head_limit(cfg), cfg.limit_request_line, _takes_proxy_lines(cfg), refuses_at_once(cfg)
+        ),
         header_timeout=settings.header_timeout,
         receive_timeout=settings.receive_timeout,
         send_timeout=settings.send_timeout,

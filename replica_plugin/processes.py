@@ -1,7 +1,8 @@
 """The side of the dispatcher that faces processes: registration, jobs, reports, deaths.
 
-1. A process is known from its REGISTER until its pidfd fires; the end of its channel
-   means nothing, since a child that the app forked may hold the other end open.
+1. A process is known from its REGISTER until its pidfd fires; the end of its channel may never
+   come, since a child that the app forked may hold the other end open. If it comes, and the process
+   lives on, it is ended (DEAF): nothing could be heard of what it has, or has taken off the deck.
 2. What a process reported before it died counts: the channel is read to its end first.
 3. What a process says that nobody understands ends that process, never us: it may have lost a
    report of a slot, and dead it is replaced. So does an offer in another's name: by its pidfd, and
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import select
 import signal
@@ -45,6 +47,7 @@ from .deck import Deck
 from .heritage import is_dead
 
 TURN = 64  # messages of one process, or on the control socket, before others have their turn
+DEAF = 2.0  # seconds a process may live when its channel has ended
 LAST_WORDS = 4096  # messages of a dead one; its channel has room for no more
 _SHORTAGE = (errno.ENOBUFS, errno.ENOMEM, errno.ETOOMANYREFS)
 _ENDS_A_JOB = (Kind.DONE, Kind.RETURNED)
@@ -66,7 +69,9 @@ class Link:
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
     short: bool = False  # nor could one, for want of something that is not the channel's
+    deaf_since: float | None = None
     leave_due: bool = False
+    dismissed: bool = False
     stalled: bool = False  # as the dispatcher was told last
     busy: int = 0  # how many jobs it was sent, and has not reported done
     silenced: bool = False  # its slots begin no response any more
@@ -117,12 +122,21 @@ class Processes:
         And try again what the kernel was too short of something to deliver.
         """
         for link in self.links.values():
+            if not (link.open or link.dismissed):
+                self._see_to_deaf(link, now)
             if link.short:
                 link.short = False
                 self._on_room(link, now)
             if link.cells.has_stalled(now) is not link.stalled:
                 link.stalled = not link.stalled
                 self._office.on_stall(link, now)
+
+    def _see_to_deaf(self, link: Link, now: float) -> None:
+        if link.deaf_since is None:
+            link.deaf_since = now
+        elif now - link.deaf_since > DEAF:
+            link.deaf_since = math.inf  # once
+            self.on_nonsense(link)
 
     # What processes say.
 
@@ -299,6 +313,7 @@ class Processes:
     def dismiss(self, age: int) -> None:
         """Tell a process that nothing more will come."""
         link = self.links[age]
+        link.dismissed = True
         try:
             send(link.channel, LEAVE)
         except OSError as error:

@@ -1,5 +1,7 @@
 """What gunicorn finds out anew for each request, though it is the same for many: once, here.
 
+    does the parser wait with a head     once, by the master
+      that is malformed already?
     a setting                            a plain attribute, instead of three calls
     the client's address is trusted      once for each address
     Date                                 once a second
@@ -18,7 +20,16 @@ from typing import Any
 from gunicorn import http, util
 from gunicorn.config import Config
 from gunicorn.http import wsgi
+from gunicorn.http.errors import NoMoreData
 
+MALFORMED = (
+    *(b"\n", b"GET / HTTP/1.1\n", b"GET / HTTP/1.1\r\nHost: x\nA"),  # bare line feeds
+    *(b"GET /\r\n", b"GET  / HTTP/1.1\r\n", b"GET /\x80 HTTP/1.1\r\n"),  # not a request line
+    b"G" * (1 << 14),  # too long a line, unless there is no limit
+)
+"""Beginnings of heads that no end could mend (head.py)."""
+
+get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
 _make_date = util.http_date
 _make_environ = wsgi.base_environ
 
@@ -56,6 +67,26 @@ class Errors(wsgi.WSGIErrorsWrapper):  # type: ignore[misc]
 
     def write(self, data: str) -> None:
         wsgi.WSGIErrorsWrapper(self._cfg).write(data)
+
+
+def refuses_at_once(cfg: Config) -> bool:
+    """Whether gunicorn's parser waits for nothing more of a head that is malformed already.
+
+    Not so that of gunicorn 23, nor the one in C (gunicorn_h1c): there each would hold a slot.
+    """
+    return all(_refuses(cfg, data) for data in MALFORMED[: None if cfg.limit_request_line else -1])
+
+
+def _refuses(cfg: Config, data: bytes) -> bool:
+    parser = get_parser(cfg, iter([data]), ("127.0.0.1", 0))
+    parser.req_count = 1  # from the second on no PROXY line is looked for
+    try:
+        next(parser)
+    except (NoMoreData, StopIteration):
+        return False
+    except Exception:
+        return True
+    return False
 
 
 def settle() -> None:

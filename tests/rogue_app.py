@@ -68,6 +68,14 @@ def shorten(environ, start_response, name):
     return served_app.hello(environ, start_response, name)
 
 
+def hush(environ, start_response, name):
+    """Once held on the stage, take all that lies on the deck, shut the channel, and live on."""
+    served_app.hold(environ, lambda *_: None, name)
+    let_go(worker()._channel.deck)
+    worker()._channel.sock.shutdown(socket.SHUT_RDWR)
+    signal.pause()
+
+
 def shut(environ, start_response, how):
     """Shut the control socket, which all processes and the master have."""
     worker()._control.shutdown(getattr(socket, how))
@@ -84,6 +92,7 @@ def swell(environ, start_response, name):
 
 served_app.HANDLERS.update(
     claim=claim,
+    hush=hush,
     listen=listen,
     nonsense=nonsense,
     shorten=shorten,

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from replica_plugin.arrival import Arrivals, Sight
+from replica_plugin.arrival import PEEK, Arrivals, Sight
 from replica_plugin.channel import LARGEST
 from replica_plugin.chunks import Chunks
 from replica_plugin.connection import Connection
@@ -62,6 +62,31 @@ def test_what_was_seen_and_somebody_else_has_read_is_not_waited_for_when_the_cli
         client.close()
         with pytest.raises(ConnectionError, match="somebody else has taken them"):
             arrivals.take(conn, conn.arrived)
+
+
+class Counting(socket.socket):
+    """A socket that counts what is looked at."""
+
+    looked_at = 0
+
+    def recv_into(self, *arguments: Any) -> int:
+        size = super().recv_into(*arguments)
+        self.looked_at += size
+        return size
+
+
+def test_of_many_requests_that_lie_there_each_look_copies_no_more_than_of_the_first_ever():
+    """Though another client's chunked body has been looked at as a whole before."""
+    body, plain = b"x" * (PEEK * 8), b"GET / HTTP/1.1\r\n\r\n"
+    chunked = b"POST / HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s" % (len(body), body)
+    arrivals = Arrivals(Serving())
+    for data, most in ((chunked, 1 << 20), (plain * 6000, PEEK)):
+        ours, client = socket.socketpair()
+        with Counting(fileno=ours.detach()) as ours, client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+            client.sendall(data)
+            arrivals.look(Connection(ours, "", "", local=True))
+            assert ours.looked_at <= most
 
 
 def test_a_chunk_is_awaited_whose_size_has_as_many_digits_as_any():

@@ -18,10 +18,12 @@ from replica_plugin.channel import (
     Kind,
     ProcessEnd,
     Report,
+    Stall,
     close_all,
     control_pair,
     decode_job,
     decode_report,
+    decode_stall,
     pair,
     receive_control,
     receive_now,
@@ -40,6 +42,11 @@ def test_what_was_said_before_the_end_is_read_though_not_all_had_been_heard():
         theirs.send(FREE)
         theirs.close()
         assert [receive_now(ours) for _ in range(2)] == [(FREE, []), (b"", [])]
+
+
+def test_of_a_hub_a_process_cannot_say_more_than_takes_no_time_to_read():
+    assert decode_stall(Stall(0.5, "app.py:1 (run)").encode()) == Stall(0.5, "app.py:1 (run)")
+    assert decode_stall(Stall(0.5, "x" * 5000).encode()) is None
 
 
 def test_what_else_the_kernel_says_beside_a_message_is_no_descriptor():

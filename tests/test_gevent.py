@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from server import Client, Load, Server, wait_for
 from stage import Actor, Stage
+from wire import Wire, request
 
 from replica_plugin import early
 
@@ -149,6 +150,39 @@ def test_a_timeout_that_a_request_left_running_costs_no_slot(start):
     beat = server.numbers().beat
     wait_for(lambda: server.numbers().beat > beat + 1, "the timeout")
     assert server.get("/").status == 200
+
+
+BROKEN_OFF = """
+import gevent
+from served_app import answer
+
+def application(environ, start_response):
+    if environ["PATH_INFO"] != "/read":
+        return answer(start_response, "stolen")
+    timeout = gevent.Timeout(0.05)
+    timeout.start()
+    try:
+        environ["wsgi.input"].read()
+    except gevent.Timeout:
+        return answer(start_response, "too slow")
+    finally:
+        timeout.close()
+"""
+
+
+@pytest.mark.parametrize("framing", ["Transfer-Encoding: chunked", "Content-Length: 48"])
+def test_a_body_whose_read_a_timeout_broke_off_is_no_request(start, framing):
+    """Expect has a slot take the request before its body is there."""
+    stolen = request("/stolen")
+    config = {**ONE, "threads_per_process": 1}
+    server = start(config=config, app="broken:application", files={"broken.py": BROKEN_OFF})
+    with Wire(server.address) as wire:
+        wire.send(request("/read", framing, "Expect: 100-continue", method="POST"))
+        assert wire.reply().line == b"HTTP/1.1 100 Continue"
+        wire.send_if_it_can(b"%x\r\n" % len(stolen) if "chunked" in framing else b"")
+        assert wire.reply().body == b"too slow"
+        wire.send_if_it_can(stolen)
+        assert wire.rest() == b""
 
 
 CROWDED = """

@@ -90,6 +90,14 @@ def test_what_the_parser_refuses_counts_as_arrived_so_that_it_can_do_so_at_once(
     assert seen(data) == Head(len(data))
 
 
+def test_with_a_parser_that_waits_for_the_end_of_what_is_malformed_that_end_is_awaited():
+    """That of gunicorn 23 and the one in C do, and each such head would hold a slot."""
+    limits = Limits(at_once=False)
+    for data in (b"\n", b"GET / HTTP/1.1\nHost: x\n\n", b"GET  / HTTP/1.1\r\n", b"G" * 5000):
+        assert read_head(data, limits, True) is None
+        assert seen(data + b"\r\n\r\n", limits).method == b""
+
+
 def test_a_line_that_is_longer_than_allowed_counts_as_arrived():
     limits = Limits(line=20)
     for blank in (b"", b"\r\n"):

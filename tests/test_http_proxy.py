@@ -17,6 +17,8 @@ SIGNATURE = b"\r\n\r\n\0\r\nQUIT\n"
 ADDRESSES = bytes([192, 0, 2, 1, 192, 0, 2, 2]) + struct.pack(">HH", 1111, 2222)
 V2 = SIGNATURE + b"\x21\x11" + struct.pack(">H", 12) + ADDRESSES
 V2_TLV = SIGNATURE + b"\x21\x11" + struct.pack(">H", 19) + ADDRESSES + b"\x04\0\x04\r\n\r\n"
+V2_LONG = SIGNATURE + b"\x21\x11" + struct.pack(">H", 40015) + ADDRESSES
+V2_LONG += b"\x04" + struct.pack(">H", 40000) + b"\r\n\r\n" * 10000
 V2_6 = (
     SIGNATURE
     + b"\x21\x21"
@@ -42,8 +44,8 @@ def addresses(body: bytes) -> tuple:
 
 @pytest.mark.parametrize("which", [0, 1], ids=["tcp", "unix"])
 @pytest.mark.parametrize(
-    "line", [b"", V1, V1_6, V2, V2_TLV, V2_6, V2_LOCAL],
-    ids=["none", "v1", "v1-6", "v2", "v2-tlv", "v2-6", "v2-local"],
+    "line", [b"", V1, V1_6, V2, V2_TLV, V2_LONG, V2_6, V2_LOCAL],
+    ids=["none", "v1", "v1-6", "v2", "v2-tlv", "v2-long", "v2-6", "v2-local"],
 )  # fmt: skip
 def test_environ_is_that_of_gunicorns_own(pair, line, which):
     ours, stock = pair.outcomes([line + EVERYTHING], "GET", which=which)

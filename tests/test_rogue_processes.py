@@ -97,6 +97,24 @@ def test_what_a_process_has_cut_short_on_the_deck_is_run_by_others(start, stage)
     assert (server.dispatcher, server.workers) == (dispatcher, workers)
 
 
+def test_a_process_that_shuts_its_channel_is_killed_and_what_it_took_is_run_by_others(start, stage):
+    server = rogue(start, TWO)
+    dispatcher = server.dispatcher
+    hushed = server.later("/hush/x")
+    husher = stage.next()
+    beside = server.later("/hold/x")
+    actor = stage.next()
+    waiting = [server.later("/hello") for _ in range(10)]
+    server.wait_numbers(running=2, waiting=10)
+    husher.finish()
+    server.wait_log("says what no process of ours says: killing it")
+    actor.finish()
+    assert [each.result().status for each in waiting] == [200] * 10
+    assert (beside.result().status, hushed.result().status) == (200, 502)
+    server.wait_numbers(slots=2, processes=2, running=0, waiting=0)
+    assert server.dispatcher == dispatcher
+
+
 @pytest.mark.parametrize("code", ["00", "77" * 20, "0100" + "00" * 8 + "ffff0000" + "00" * 8])
 def test_a_process_that_says_nonsense_is_killed_and_replaced(start, stage, code):
     server = rogue(start, TWO)

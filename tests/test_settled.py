@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import logging
+from importlib.util import find_spec
 
 import pytest
-from gunicorn import util
+from gunicorn import http, util, version_info
 from gunicorn.config import Config
 from gunicorn.http import wsgi
+from gunicorn.http.errors import NoMoreData
 
-from replica_plugin.settled import Settled, settle
+from replica_plugin.settled import Settled, refuses_at_once, settle
 
 stock_date, stock_environ = util.http_date, wsgi.base_environ
 
@@ -24,6 +26,31 @@ def config(monkeypatch):
     config = Config()
     config.set("errorlog", "a file")
     return Settled(config)
+
+
+class Waiting(http.RequestParser):
+    """One that reads a head to its end before it judges it."""
+
+    def __next__(self):
+        while self.unreader.read():
+            pass
+        raise NoMoreData
+
+
+@pytest.mark.skipif(
+    version_info < (27,) or find_spec("gunicorn_h1c") is not None, reason="these wait"
+)
+@pytest.mark.parametrize("line", [0, 4094])
+def test_gunicorns_parser_does_not_wait_with_what_is_malformed(line):
+    config = Config()
+    config.set("proxy_protocol", True)
+    config.set("limit_request_line", line)
+    assert refuses_at_once(config)
+
+
+def test_a_parser_that_waits_with_what_is_malformed_is_known(monkeypatch):
+    monkeypatch.setattr("replica_plugin.settled.get_parser", Waiting)
+    assert not refuses_at_once(Config())
 
 
 @pytest.mark.parametrize("moment", [0.0, 0.999, 1.0, 1e9 + 0.5, 1764392400.25])
