@@ -42,6 +42,7 @@ from .slot import Slot
 from .unpatched import socketpair
 
 ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispatcher to say when
+ASKED = 0.5  # seconds after TERM in which the master may say that it was for all, and we stay
 TURN = 1.0  # seconds between two heartbeats at most
 LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
@@ -72,6 +73,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.serving = True
         self._channel: ProcessEnd | None = None
         self._leaving_since: float | None = None
+        self._asked = False  # to leave, with TERM
         self._told: ProcessEnd | None = None  # whose dispatcher knows that we want to leave
         self._dead: socket.socket | None = None  # whose end no slot may be free to read
         self._alone_since: float | None = None  # without a dispatcher, and wanting to leave
@@ -274,6 +276,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def handle_exit(self, sig: int, frame: Any) -> None:
         """TERM: leave when the dispatcher says so."""
+        self._asked = True
         self.alive = False
 
     def handle_usr1(self, sig: int, frame: Any) -> None:
@@ -308,7 +311,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         registration.watch(self.PIPE[0])
         while self._working:
             self._beat()
-            registration.wait(min(self.turn, self.timeout or TURN, self._see_to_overdue()))
+            turn = min(self.turn, self.timeout or TURN, self._until_leave() or TURN)
+            registration.wait(min(turn, self._see_to_overdue()))
             self._read_signals()
             if not self.alive or self.ppid != os.getppid():
                 self._leave()
@@ -326,6 +330,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         except BlockingIOError:
             return
         if signal.SIGTERM in came:
+            self._asked = True
             self.alive = False
         if signal.SIGUSR1 in came:
             self._reopen_logs()
@@ -386,6 +391,16 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.log.error("Not finished within graceful_timeout of being dismissed: leaving")
         os._exit(1)
 
+    def _until_leave(self) -> float:
+        """Seconds until we may say that we want to leave.
+
+        What ends a whole control group, or group of processes, signals us along with the master. If
+        we left before it has said that all stop, nobody would be there for what waits.
+        """
+        if self._leaving_since is None or not self._asked:
+            return 0.0
+        return max(0.0, self._leaving_since + ASKED - time.monotonic())
+
     def _leave(self) -> None:
         """Ask the dispatcher to be dismissed; without one, end when no request is left."""
         now, channel = time.monotonic(), self._channel
@@ -395,7 +410,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             self._end_if_alone(now)
             return
         self._alone_since = None
-        if channel is not self._told:
+        if channel is not self._told and not self._until_leave():
             with suppress(OSError):  # no room, or a dispatcher that died: again in the next turn
                 channel.sock.send(LEAVING, _NOW)
                 self._told = channel

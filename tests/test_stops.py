@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -315,6 +316,23 @@ def test_term_to_one_process_recycles_it_and_no_request_fails(start):
             server.wait_numbers(processes=2)
         load.go_on(100)
     assert load.failures == []
+
+
+def test_term_to_processes_and_master_as_of_a_control_group_answers_what_waits(start, stage):
+    server = start(bind=BOTH)
+    clients = [server.connect().ask("/hold/x") for _ in range(3)]
+    actor = stage.next()
+    server.wait_numbers(running=1, waiting=2)
+    server.tell(signal.SIGTERM, server.workers[0])
+    time.sleep(0.1)  # what the process says of that is there before what the master says
+    server.tell(signal.SIGTERM)
+    server.wait_closed()
+    for _ in range(2):
+        actor.finish()
+        actor = stage.next()
+    actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 3
+    assert server.stop() == 0
 
 
 def test_hup_takes_other_numbers_and_no_request_fails(start, stage):
