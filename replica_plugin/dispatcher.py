@@ -508,6 +508,7 @@ class Dispatcher:
         self._clients.serve(wishes.serving)
         pausing = not wishes.rules.processes
         rules = self._decisions.rules if pausing else wishes.rules
+        self._decisions.roster.draining = wishes.draining
         self.perform(self._decisions.ruled(rules, wishes.live, now, wishes.newest), now)
         self._stopping.pause(pausing, now)
         if wishes.supervisor and not self._guard.told(wishes.supervisor):

@@ -237,8 +237,8 @@ class ReplicaPage(_Page):
 class LoadPage:
     """How loading the app went. Written by the processes that load it, a word at a time.
 
-    The words: how many in a row could not; and the ages of those that have it, in no order. A process that dies leaves each word old or new.
-    Locks end with the process that holds them.
+    The words: how many in a row could not; and the ages of those that have it, in no order. A
+    process that dies leaves each word old or new. Locks end with the process that holds them.
     """
 
     def __init__(self, fd: int | None = None) -> None:

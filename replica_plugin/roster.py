@@ -22,6 +22,7 @@ class Roster:
         self.processes: dict[int, Process] = {}
         self.usable: list[Process] = []  # those that may be sent requests
         self.was_ready = False  # all p were, once
+        self.draining = False  # a stop is about to begin, which ends successors that still load
         self.stopping = False
         self.drained = False
         self.live: frozenset[int] = frozenset()
@@ -78,14 +79,14 @@ class Roster:
 
         Either p newer ones are ready; or no successor is loading, since gunicorn will fork
         one only when this process has gone, and then one process leaves at a time. But not
-        while that one would not be able to load the app.
+        while that one would not be able to load the app, or not have the time for it.
         """
         if self.stopping:
             return self.drained
         if self._is_replaced(process):
             return True
         enough = len(self._present()) >= self.wanted
-        return enough and not (self.booting or self.cannot_load)
+        return enough and not (self.booting or self.cannot_load or self.draining)
 
     def _registered(self) -> set[int]:
         return {each.age for each in self.processes.values() if each.registered}

@@ -630,3 +630,13 @@ def test_no_deck_beside_a_slot_for_exempt_requests_which_is_to_take_no_other():
         decisions.freed(1, 0.0)
     arrive(decisions, 1, 2, 3)
     assert decisions.for_deck() == []
+
+
+def test_during_drain_delay_a_process_that_is_told_to_leave_stays_unless_it_is_replaced():
+    """The stop that follows would end a successor that still loads."""
+    decisions = replica(1, 2)
+    decisions.roster.draining = True
+    assert decisions.leaving(1) == []
+    assert arrive(decisions, 1) == [Send(1, 1)]
+    decisions.ruled(Rules(1, 2), [1, 2], 0.0)
+    assert Dismiss(1) in join(decisions, 2, 2)

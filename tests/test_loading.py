@@ -155,7 +155,7 @@ def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the
     page, master, replica = LoadPage(), MasterPage(), ReplicaPage()
     replica.write(Numbers(was_ready=1))
     master.write(WISHES.encode())  # none is missing
-    for age in range(1024):
+    for _ in range(1024):
         page.note_failure()
     monkeypatch.setattr("replica_plugin.loading.start_new_thread", lambda *_: None)
     process = SimpleNamespace(age=1024, ppid=os.getppid(), alive=True, log=logging.getLogger())
