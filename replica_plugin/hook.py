@@ -21,9 +21,11 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
+from gunicorn.errors import HaltServer
 
 from . import boot, stats
 from .config.load import Loaded, load
@@ -269,8 +271,19 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         reload=wrapped_reload,
         reexec=wrapped_reexec,
         spawn_worker=wrapped_spawn_worker,
+        reap_workers=partial(_reap, arbiter.reap_workers, ours),
         handle_usr1=wrapped_usr1,
     )
+
+
+def _reap(reap_workers: Callable[[], None], ours: Master) -> None:
+    """The first process that cannot boot has gunicorn stop; another would break that off."""
+    while True:
+        try:
+            return reap_workers()
+        except HaltServer:
+            if not ours.stopping:
+                raise
 
 
 def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:

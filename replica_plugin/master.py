@@ -8,6 +8,7 @@ gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its
 wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
 again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost),
+`reap_workers` (a stop comes to its end, whatever processes end with),
 `kill_workers` (a stop is hurried with QUIT), `reexec` (another master shares our sockets) and
 `handle_usr1` (logs are reopened).
 """
@@ -211,6 +212,10 @@ class Master:
                 if number == signal.SIGUSR1:
                     self._arbiter.handle_usr1()
         return False
+
+    @property
+    def stopping(self) -> bool:
+        return self._stop is not None
 
     def stop(self, graceful: bool) -> None:
         """A stop begins. A quick one after a graceful one takes over, not the other way round."""

@@ -45,6 +45,17 @@ import threading, time
 threading.Thread(target=time.sleep, args=(1000,)).start()
 1 / 0
 """
+ONE_AFTER_ANOTHER = """\
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+try:
+    with open("first", "x") as file:
+        file.write(str(os.getpid()))
+except FileExistsError:
+    while not (pid := open("first").read()) or os.path.exists(f"/proc/{pid}"):
+        time.sleep(0.01)
+1 / 0
+"""
 COUNTED = "open('loads', 'a').write('x')\n" + APP
 
 
@@ -146,6 +157,14 @@ def test_an_app_that_cannot_be_loaded_ends_gunicorn_though_it_has_started_a_thre
     )
     files = {"app.py": text, "replica.yaml": f"mode: {mode}\n"}
     assert start.to_its_end(app=("app:app",), files=files).code == 3
+
+
+def test_a_second_process_that_cannot_load_does_not_keep_gunicorn_from_its_end(start):
+    files = {"app.py": ONE_AFTER_ANOTHER, "replica.yaml": "stagger_init: false\n"}
+    ended = start.to_its_end("--workers", "2", app=("app:app",), files=files)
+    assert ended.code == 3
+    assert "Reason: Worker failed to boot." in ended.output
+    assert "HaltServer" not in ended.output
 
 
 def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(
