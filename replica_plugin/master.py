@@ -233,6 +233,9 @@ class Master:
         living = self.replica_page.find_living()
         if living:
             self._await_end("dispatcher", living[1], end)
+        if self._ready_file:  # of a dispatcher that was killed, now or before
+            with suppress(OSError, ValueError):
+                ready_file.remove(self._ready_file, self._arbiter.pid)
 
     def _await_end(self, name: str, pidfd: int, end: float) -> None:
         if not is_dead(pidfd, max(0.0, end - time.monotonic())):

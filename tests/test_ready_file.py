@@ -54,6 +54,16 @@ def test_the_file_goes_when_the_replica_ends_at_once(start):
     assert not shown(server)
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_file_goes_with_its_replica_though_the_dispatcher_cannot_remove_it(start, number):
+    server = start(config=CONFIG)
+    dispatcher = server.dispatcher
+    server.tell(number, server.supervisor)
+    server.tell(number, dispatcher)
+    assert server.stop(signal.SIGQUIT) == 0
+    assert not shown(server)
+
+
 def test_the_file_goes_while_no_process_is_usable(start, stage):
     server = start(config={**CONFIG, "processes_per_replica": 1})
     server.tell(signal.SIGSTOP)  # so that there is no successor meanwhile
