@@ -97,6 +97,8 @@ class Dispatcher:
         """Serve until a stop is done."""
         while not self._stopping.ended:
             self.turn()
+        if is_dead(self._frame.master_pidfd):
+            self._processes.kill_all()
         self._ready_file.show(self._wishes.ready_file, False, time.monotonic())
         self._frame.replica_page.write(self._numbers(math.inf))
 

@@ -329,6 +329,12 @@ class Processes:
         """End a process. Its death will tell."""
         self._signal(age, signal.SIGKILL)
 
+    def kill_all(self) -> None:
+        """What a master does at the end of a stop, for one that is dead: a process may be in a call
+        that keeps the GIL, or wait for a thread that the app has left."""
+        for age in self.links:
+            self.kill(age)
+
     def _signal(self, age: int, number: int) -> None:
         with suppress(OSError):  # it is dead already
             signal.pidfd_send_signal(self.links[age].pidfd, number)

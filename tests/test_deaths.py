@@ -325,6 +325,18 @@ def test_without_their_master_processes_that_do_not_finish_end_all_the_same(star
         wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end")
 
 
+def test_without_their_master_a_process_that_cannot_see_that_its_time_is_over_ends(start, stage):
+    config = {"processes_per_replica": 1, "threads_per_process": 2}
+    server = start("--graceful-timeout", "1", config=config)
+    family = [*server.workers, server.supervisor, server.dispatcher]
+    client = server.connect().ask("/grip/30")
+    server.wait_numbers(running=1)
+    server.tell(KILL)
+    assert client.reply().status == 503
+    for pid in family:
+        wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end", timeout=10)
+
+
 # What apps do to their processes.
 
 
