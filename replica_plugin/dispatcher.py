@@ -522,7 +522,7 @@ class Dispatcher:
         if self._stopping.stop is None:
             self._journal.error(
                 "The supervisor (pid %d) is gone: the replica serves on, but a dispatcher that "
-                "dies or hangs is not replaced until a HUP or a new process brings a supervisor",
+                "dies or hangs is not replaced until the master has started another",
                 self._guard.pid,
             )
 

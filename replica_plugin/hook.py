@@ -271,6 +271,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         reload=wrapped_reload,
         reexec=wrapped_reexec,
         spawn_worker=wrapped_spawn_worker,
+        manage_workers=partial(ours.manage, arbiter.manage_workers),
         reap_workers=partial(_reap, arbiter.reap_workers, ours),
         handle_usr1=wrapped_usr1,
     )

@@ -8,6 +8,7 @@ gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its
 wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
 again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost),
+`manage_workers` (a supervisor that died is replaced),
 `reap_workers` (a stop comes to its end, whatever processes end with),
 `kill_workers` (a stop is hurried with QUIT), `reexec` (another master shares our sockets) and
 `handle_usr1` (logs are reopened).
@@ -54,6 +55,7 @@ STARTER = (
 _FLAGS = ("-I", "-B") if sys.dont_write_bytecode else ("-I",)
 
 LEAVE_TIME = 0.5  # seconds after graceful_timeout at which helpers that are still there are killed
+SHORT_LIFE = 1.0  # seconds; a supervisor that fails sooner is not restarted at once
 PAUSE = 0.1  # seconds between two looks at processes and signals during drain_delay
 
 
@@ -103,6 +105,7 @@ class Master:
         self._nudges = (os.eventfd(0, flags), os.eventfd(0, flags))
         self._supervisor = 0
         self._supervisor_pidfd = -1
+        self._started_at = 0.0
         self.adopt(settings)
         if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
             with suppress(OSError, ValueError):  # the dispatcher will say so
@@ -119,13 +122,23 @@ class Master:
 
     def before_fork(self, age: int) -> None:
         """A process of this age is about to be born: the moment to see that all are there."""
-        if is_dead(self._supervisor_pidfd):
-            self._arbiter.log.error(
-                "The supervisor (pid %d) is gone: starting another", self._supervisor
-            )
-            os.close(self._supervisor_pidfd)
-            self._start_supervisor()
+        self._see_to_supervisor()
         self.tell(age)
+
+    def manage(self, manage_workers: Callable[[], None]) -> None:
+        """The arbiter looks after its workers, once a second at least; we after our helper, too."""
+        if time.monotonic() - self._started_at >= SHORT_LIFE:
+            self._see_to_supervisor()
+        manage_workers()
+
+    def _see_to_supervisor(self) -> None:
+        if not is_dead(self._supervisor_pidfd):
+            return
+        self._arbiter.log.error(
+            "The supervisor (pid %d) is gone: starting another", self._supervisor
+        )
+        os.close(self._supervisor_pidfd)
+        self._start_supervisor()
 
     def restore_timeout(self) -> None:
         """graceful_timeout is again what the user wants; see hook.py."""
@@ -274,6 +287,7 @@ class Master:
 
     def _start_supervisor(self) -> None:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""
+        self._started_at = time.monotonic()
         own = os.pidfd_open(os.getpid())
         inheritance = Inheritance(
             [listener.fileno() for listener in self._arbiter.LISTENERS],

@@ -272,6 +272,22 @@ def test_supervisor_and_dispatcher_killed_together_come_back_with_the_next_proce
     holds_all_slots(server, stage, 0)
 
 
+def test_supervisor_and_dispatcher_killed_together_come_back_though_no_process_does(start, stage):
+    server = start(config=TWO)
+    old, workers = server.dispatcher, server.workers
+    server.tell(KILL, server.supervisor)
+    server.tell(KILL, old)
+    wait_for(lambda: server.dispatcher != old, "another dispatcher")
+    holds_all_slots(server, stage, 0)
+    assert server.workers == workers
+
+
+def test_a_supervisor_killed_before_it_has_a_dispatcher_is_replaced(start, stage):
+    server = start(config=TWO, ready=False)
+    server.tell(KILL, server.supervisor)
+    holds_all_slots(server, stage, 0)
+
+
 @pytest.mark.slow
 def test_a_dispatcher_that_hangs_is_replaced_by_a_supervisor_that_came_later(start, stage):
     server = start(config=TWO)
