@@ -78,6 +78,7 @@ class Dispatcher:
         self._decisions = Decisions(rules, self._processes.deck.recall)
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
+        self._clients.listeners.accept_if(not wishes.beside)  # until a process of ours can serve
         self._stopping = Stopping(self._clients, self._decisions, self._processes, self)
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
@@ -255,6 +256,9 @@ class Dispatcher:
         if report.kind == Kind.FREE:
             self.perform(self._decisions.freed(link.age, now), now)
             self._tick_at = now  # the page says that we are ready as soon as readyz does
+            roster, listeners = self._decisions.roster, self._clients.listeners
+            if roster.usable and not (listeners.wanted or roster.stopping):
+                listeners.accept_if(True)
         elif report.kind == Kind.DONE:
             self._on_done(link, report, now)
         elif report.kind == Kind.LEAVING:

@@ -77,7 +77,7 @@ class Listeners:
     def __init__(self, epoll: select.epoll, listeners: Iterable[Listener]) -> None:
         self.paused_until = math.inf
         self.is_short = False  # of what a connection needs, when that was looked at last
-        self._wanted = True
+        self.wanted = True  # connections, now
         self._epoll = epoll
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         self._most = limit - spare(limit) if limit >= 0 else math.inf
@@ -90,7 +90,7 @@ class Listeners:
 
     def accept_if(self, wanted: bool) -> None:
         """Take connections, or leave them to whoever else has these listeners."""
-        self._wanted = wanted
+        self.wanted = wanted
         self._listen(select.EPOLLIN)
 
     def refuse(self) -> None:
@@ -155,4 +155,4 @@ class Listeners:
 
     def _listen(self, mask: int) -> None:
         for fd in self._listeners:
-            self._epoll.modify(fd, mask if self._wanted else 0)
+            self._epoll.modify(fd, mask if self.wanted else 0)

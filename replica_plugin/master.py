@@ -55,7 +55,7 @@ STARTER = (
 _FLAGS = ("-I", "-B") if sys.dont_write_bytecode else ("-I",)
 
 LEAVE_TIME = 0.5  # seconds after graceful_timeout at which helpers that are still there are killed
-SHORT_LIFE = 1.0  # seconds; a supervisor that fails sooner is not restarted at once
+SHORT_LIFE = 1.0  # seconds between two starts of a supervisor, at least
 PAUSE = 0.1  # seconds between two looks at processes and signals during drain_delay
 
 
@@ -121,24 +121,19 @@ class Master:
         self.tell()
 
     def before_fork(self, age: int) -> None:
-        """A process of this age is about to be born: the moment to see that all are there."""
-        self._see_to_supervisor()
+        """A process of this age is about to be born."""
         self.tell(age)
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
-        if time.monotonic() - self._started_at >= SHORT_LIFE:
-            self._see_to_supervisor()
+        if time.monotonic() - self._started_at >= SHORT_LIFE and is_dead(self._supervisor_pidfd):
+            log = self._arbiter.log
+            log.error("The supervisor (pid %d) is gone: starting another", self._supervisor)
+            try:
+                self._start_supervisor()
+            except OSError as error:
+                log.error("No supervisor can be started: %s", error)
         manage_workers()
-
-    def _see_to_supervisor(self) -> None:
-        if not is_dead(self._supervisor_pidfd):
-            return
-        self._arbiter.log.error(
-            "The supervisor (pid %d) is gone: starting another", self._supervisor
-        )
-        os.close(self._supervisor_pidfd)
-        self._start_supervisor()
 
     def restore_timeout(self) -> None:
         """graceful_timeout is again what the user wants; see hook.py."""
@@ -182,6 +177,7 @@ class Master:
             supervisor=self._supervisor,
             ready_file=self._ready_file,
             shared=self._is_shared(),
+            beside=bool(self._arbiter.master_pid),
             draining=self._draining,
             stop=self._stop,
             reopen=self._reopen,
@@ -289,26 +285,30 @@ class Master:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""
         self._started_at = time.monotonic()
         own = os.pidfd_open(os.getpid())
-        inheritance = Inheritance(
-            [listener.fileno() for listener in self._arbiter.LISTENERS],
-            self.control.fileno(),
-            self.page.fd,
-            self.replica_page.fd,
-            self.load_page.fd,
-            *self._nudges,
-            own,
-            os.getpid(),
-        )
-        inherited = json.dumps({**vars(inheritance), "path": _import_path()})
-        process = subprocess.Popen(
-            [sys.executable, *_FLAGS, "-c", STARTER, inherited],
-            stdin=subprocess.DEVNULL,
-            pass_fds=inheritance.fds(),
-            start_new_session=True,
-        )
-        os.close(own)
-        self._supervisor, self._supervisor_pidfd = process.pid, os.pidfd_open(process.pid)
+        try:
+            inheritance = Inheritance(
+                [listener.fileno() for listener in self._arbiter.LISTENERS],
+                self.control.fileno(),
+                self.page.fd,
+                self.replica_page.fd,
+                self.load_page.fd,
+                *self._nudges,
+                own,
+                os.getpid(),
+            )
+            inherited = json.dumps({**vars(inheritance), "path": _import_path()})
+            process = subprocess.Popen(
+                [sys.executable, *_FLAGS, "-c", STARTER, inherited],
+                stdin=subprocess.DEVNULL,
+                pass_fds=inheritance.fds(),
+                start_new_session=True,
+            )
+        finally:
+            os.close(own)
         process.returncode = 0  # gunicorn reaps it, and its pid may come back as a worker's
+        if self._supervisor_pidfd >= 0:
+            os.close(self._supervisor_pidfd)
+        self._supervisor, self._supervisor_pidfd = process.pid, os.pidfd_open(process.pid)
         self.tell()
 
 

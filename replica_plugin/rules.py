@@ -53,7 +53,8 @@ class Wishes:
     or behind it. `supervisor` is the pid of
     the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
     gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
-    will; `draining` that a stop is about to begin, and nothing new should be sent to us.
+    will; `beside` that one of them is the master which has started this one, and serves;
+    `draining` that a stop is about to begin, and nothing new should be sent to us.
     """
 
     rules: Rules
@@ -67,6 +68,7 @@ class Wishes:
     supervisor: int = 0
     ready_file: str | None = None
     shared: bool = False
+    beside: bool = False
     draining: bool = False
     stop: Stop | None = None
     reopen: int = 0
@@ -100,6 +102,7 @@ def decode_wishes(state: dict[str, Any]) -> Wishes:
         supervisor=state["supervisor"],
         ready_file=state["ready_file"],
         shared=state["shared"],
+        beside=state["beside"],
         draining=state["draining"],
         stop=Stop(**stop) if stop else None,
         reopen=state["reopen"],

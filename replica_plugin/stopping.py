@@ -56,7 +56,7 @@ class Stopping:
             self._graceful_timeout = wishes.graceful_timeout
             self._decisions.stop()
             last_call = min(LAST_CALL, wishes.graceful_timeout / 2)
-            serving = stop.graceful and not self._paused
+            serving = stop.graceful and self._clients.listeners.wanted
             self._clients.stop(now, now + last_call, wishes.shared, serving)
         self.stop = stop
         self.ended = self.ended or not stop.graceful

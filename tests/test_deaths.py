@@ -211,11 +211,10 @@ def test_a_dispatcher_that_hangs_is_replaced(start, stage, which):
     holds_all_slots(server, stage, which)
 
 
-def test_without_its_supervisor_a_replica_serves_and_stops(start, stage, which):
+def test_a_replica_whose_supervisor_dies_serves_and_stops(start, stage, which):
     server = start(config=TWO, bind=BOTH)
     dispatcher = server.dispatcher
-    server.tell(KILL, server.supervisor)
-    wait_for(lambda: len(server.children()) == 2, "the supervisor's end")
+    kill_supervisor(server)
     clients = hold(server, which, 4)
     for actor in stage.take(4):
         actor.finish()
@@ -233,23 +232,13 @@ def kill_supervisor(server: Server) -> None:
     server.wait_log(GONE.format(supervisor))
 
 
-def bring_by_hup(server: Server) -> None:
-    server.tell(signal.SIGHUP)
-
-
-def bring_by_a_new_process(server: Server) -> None:
-    server.tell(signal.SIGTTIN)
-
-
-@pytest.mark.parametrize("bring", [bring_by_hup, bring_by_a_new_process])
-def test_a_new_supervisor_watches_over_the_dispatcher_that_lives(start, stage, bring):
+def test_a_new_supervisor_watches_over_the_dispatcher_that_lives(start, stage):
     server = start(config=TWO)
     clients = hold(server, 0, 4)
     actors = stage.take(4)
     dispatcher = server.dispatcher
     for n in (1, 2):  # the second supervisor finds a dispatcher that was not its child either
         kill_supervisor(server)
-        bring(server)
         server.wait_log(rf"Watching over the dispatcher \(pid {dispatcher}\) that is there", n)
         assert server.dispatcher == dispatcher
     kill_dispatcher(server)
@@ -262,17 +251,7 @@ def test_a_new_supervisor_watches_over_the_dispatcher_that_lives(start, stage, b
     assert server.stop() == 0
 
 
-def test_supervisor_and_dispatcher_killed_together_come_back_with_the_next_process(start, stage):
-    server = start(config=TWO)
-    old = server.dispatcher
-    server.tell(KILL, server.supervisor)
-    server.tell(KILL, old)
-    server.tell(KILL, server.workers[0])
-    wait_for(lambda: server.dispatcher != old, "another dispatcher")
-    holds_all_slots(server, stage, 0)
-
-
-def test_supervisor_and_dispatcher_killed_together_come_back_though_no_process_does(start, stage):
+def test_supervisor_and_dispatcher_killed_together_come_back(start, stage):
     server = start(config=TWO)
     old, workers = server.dispatcher, server.workers
     server.tell(KILL, server.supervisor)
@@ -294,8 +273,6 @@ def test_a_dispatcher_that_hangs_is_replaced_by_a_supervisor_that_came_later(sta
     kill_supervisor(server)
     old = server.dispatcher
     server.tell(STOP, old)
-    server.tell(signal.SIGTERM, server.workers[0])
-    server.tell(KILL, server.workers[1])
     server.wait_log(rf"The dispatcher \(pid {old}\) hangs: killing it")
     wait_for(lambda: server.dispatcher != old, "another dispatcher")
     holds_all_slots(server, stage, 0)

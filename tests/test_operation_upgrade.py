@@ -81,6 +81,22 @@ def test_a_new_master_that_is_stopped_leaves_the_old_one_as_it_was(start):
     server.wait_numbers(processes=1)
 
 
+def test_until_a_new_master_has_processes_the_old_one_takes_all_that_comes(start):
+    """And nothing is lost with the new one, whose app may not load at all."""
+    held = "import os, time\nwhile os.path.exists('held'):\n    time.sleep(0.01)\n"
+    server = start("--pid", "pid", files={"app.py": held + APP}, app="app:app", command=COMMAND)
+    (server.folder / "held").touch()
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    wait_for(lambda: len(_workers(server, new)) == 1, "the new master's worker")
+    (supervisor,) = (pid for pid in server.children(new) if is_supervisor(pid))
+    wait_for(lambda: server.children(supervisor), "the new master's dispatcher")
+    assert {server.get("/").status for _ in range(50)} == {200}
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: new not in server.children(), "the new one gone")
+    assert {server.get("/").status for _ in range(50)} == {200}
+
+
 def test_a_new_master_that_cannot_be_started_leaves_the_old_one_as_it_was(start):
     failing = IMPORT + "def pre_exec(server):\n    1 / 0\n"
     server = start(base=(), files={"gunicorn.conf.py": failing})
