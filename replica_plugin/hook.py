@@ -20,8 +20,9 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from gunicorn.config import Config
@@ -34,7 +35,7 @@ from .errors import BootError, ConfigError, Place, Problem
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
     from .master import Arbiter, Master
 
-_IMPORTING = ("importlib", __package__)  # whose frames lie between a user's file and us
+_IMPORTING = ("importlib", __package__)  # whose frames lie between a user's files and us
 
 QUICK = 2
 """Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
@@ -45,6 +46,8 @@ _loaded: Loaded | None = None
 _log: Any = None  # gunicorn's, once it has read its configuration
 _master: Master | None = None
 _told: tuple[str, ...] = ()
+_fresh = False  # `_loaded` has been read in this start, or reload
+_taken_by: set[str] = set()  # modules with our line, in one of which another may have it
 
 
 def gunicorn_settings() -> dict[str, Any]:
@@ -66,10 +69,9 @@ def gunicorn_settings() -> dict[str, Any]:
 
 def _beside_one_above() -> Callable[..., None]:
     """Ours, and the one that the user's file has defined above our line, which it replaces."""
-    frame = sys._getframe(1)
-    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in _IMPORTING:
-        frame = frame.f_back
-    theirs = frame.f_globals.get("nworkers_changed")
+    files = list(_files_above())
+    _taken_by.update(each["__name__"] for each in files)
+    theirs = files[0].get("nworkers_changed") if files else None
     if theirs is None:
         return nworkers_changed
 
@@ -80,8 +82,21 @@ def _beside_one_above() -> Callable[..., None]:
     return both
 
 
+def _files_above() -> Iterator[dict[str, Any]]:
+    """The globals of the user's files that are being imported, from the one with our line on."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        package = frame.f_globals["__name__"].partition(".")[0]
+        if package == "gunicorn":
+            return
+        if package not in _IMPORTING:
+            yield frame.f_globals
+        frame = frame.f_back
+
+
 def _load() -> Loaded:
-    global _loaded
+    global _loaded, _fresh
+    _fresh = True
     try:
         _loaded = _complete(load())
     except ConfigError as error:
@@ -113,7 +128,7 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     if old is None:
         _before_listening(arbiter.cfg, arbiter.log)
         return
-    _forget_modules(arbiter.cfg)
+    _forget_modules()
     if _master is not None:
         _master.tell()
     elif boot.is_ours(arbiter.cfg):
@@ -301,6 +316,8 @@ def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:
 
 def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
     """Undo what a reload cannot change, and add our hooks to the new configuration."""
+    if not _fresh:  # our worker class came without our line
+        _load()
     fixed = ["bind", "preload_app"]
     if not (boot.is_ours(arbiter.cfg) and boot.is_ours(cfg)):
         fixed.append("worker_class")
@@ -318,7 +335,7 @@ def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
 
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
-    _forget_modules(arbiter.cfg)
+    _forget_modules()
     problems = boot.refusals(arbiter.cfg, _loaded)
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
@@ -332,15 +349,12 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
-def _forget_modules(cfg: Config) -> None:
-    """Have a reload read the settings anew also where the configuration is a module.
-
-    gunicorn imports it again, which would find it imported already.
-    """
-    configuration = cfg.config or ""
-    if configuration.startswith("python:"):
-        sys.modules.pop(configuration.removeprefix("python:"), None)
-    sys.modules.pop("replica_plugin.conf", None)
+def _forget_modules() -> None:
+    """Have a reload read the settings anew: an import would find what was imported already."""
+    global _fresh
+    _fresh = False
+    for name in ("replica_plugin.conf", *_taken_by):
+        sys.modules.pop(name, None)
 
 
 # What is said and refused before anything listens.
@@ -351,7 +365,7 @@ def _before_listening(cfg: Config, log: Any) -> None:
     global _log
     loaded = _loaded or _load()
     _log = log
-    _forget_modules(cfg)
+    _forget_modules()
     problems = boot.refusals(cfg, loaded)
     if problems:
         raise BootError("\n".join(problems))

@@ -196,9 +196,9 @@ class Supervisor:
         now = time.monotonic()
         slept, self._watched = now - self._watched, now
         if slept < 2 * TURN and now - self._replica_page.read().beat > HUNG:
-            self._journal.error("The dispatcher (pid %d) hangs: killing it", self._pid)
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            self._journal.error("The dispatcher (pid %d) hangs: killing it", self._pid)
 
     def _on_death(self) -> None:
         """The dispatcher has ended: well, and so do we, or not, and there is another."""

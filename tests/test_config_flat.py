@@ -31,7 +31,9 @@ def refusal(content: str) -> str:
     ("key", "ending"),
     [
         ("processes_per_replicas", "; did you mean processes_per_replica?"),
-        ("threads", "; did you mean threads_per_process?"),
+        ("thread", "; did you mean threads_per_process?"),
+        ("process", "; did you mean processes_per_replica?"),
+        ("processes", "; did you mean processes_per_replica?"),
         ("Mode", "; did you mean mode?"),
         ("qux", "; remove it"),
         ("x" * 200, "; remove it"),

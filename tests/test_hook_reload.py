@@ -12,6 +12,7 @@ FORMS = {
     "module": (OURS, {}),
     "file": (("-c", "replica_plugin.conf"), {"replica_plugin.conf": IMPORT}),
     "own module": (("-c", "python:own"), {"own.py": IMPORT}),
+    "shared module": ((), {"gunicorn.conf.py": "from shared import *\n", "shared.py": IMPORT}),
 }
 BOOT = "Replica: "
 
@@ -56,6 +57,16 @@ def test_changed_settings_are_in_effect_after_hup_in_every_form_of_configuration
         "Replica: 2 processes x 1 thread = 2 requests at a time (thread mode), "
         "up to 1 waiting (max_replica_concurrency 3), from replica.yaml"
     ) in messages(server.log, "INFO")
+
+
+def test_our_worker_class_alone_reads_the_settings_at_hup(start):
+    worker = "replica_plugin.thread_worker.ThreadWorker"
+    server = start("-k", worker, base=())
+    reload(server, {"probes": "/new/"})
+    wait_for(lambda: server.get("/new/readyz").status == 200, "the new probes")
+    reload(server, text="probes: 1\n")
+    server.wait_log("The settings from before go on to hold.")
+    assert server.get("/new/readyz").status == 200
 
 
 def fill(server, stage):

@@ -142,10 +142,10 @@ def line(part: yaml.Node | yaml.Event) -> int:
 
 def nearest(name: str, known: Collection[str]) -> str:
     """The next step for an unknown key."""
-    # Only names of a likely length are compared: the comparison takes quadratic time.
-    match = get_close_matches(name, known, n=1) if len(name) < 100 else []
-    # Too short to be close, but clear: threads for threads_per_process.
-    match = match or [it for it in known if len(name) > 3 and it.startswith(name)]
+    # Clear, though another may be closer: threads for threads_per_process, which is like preload.
+    match = [it for it in known if len(name) > 3 and it.startswith(name)]
+    if not match and len(name) < 100:  # the comparison takes quadratic time
+        match = get_close_matches(name, known, n=1)
     return f"; did you mean {match[0]}?" if match else "; remove it"
 
 
