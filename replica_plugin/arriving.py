@@ -90,6 +90,7 @@ class Arriving:
         `woken` says that the kernel reported the socket readable. If it does so below the
         mark we set, its buffer may be full: see whether more comes in the next moment.
         """
+        before = conn.arrived
         sight = self._arrivals.look(conn)
         if sight == Sight.LEFT:
             self._host.close(conn)
@@ -98,6 +99,8 @@ class Arriving:
         elif sight == Sight.TOO_LARGE:
             self._host.answer(conn, head_too_large(self._serving.limits.head), now)
         else:
+            if conn.arrived > before:
+                conn.progress_at = now
             if woken and conn.mark:
                 self._quiet.start(conn, now)
             self._expect_more(conn, now)

@@ -291,6 +291,18 @@ def test_a_body_that_keeps_coming_is_read_however_long_it_takes(hurried, which):
         assert client.reply().body == body
 
 
+def test_a_chunked_body_that_keeps_coming_is_awaited_however_long_it_takes(hurried, which):
+    """Chunks that are far enough apart for each of them to be looked at when it comes."""
+    with hurried.connect(which) as client:
+        client.send("POST /echo HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        due = time.monotonic()
+        for _ in range(15):
+            due += 0.1
+            wait_for(lambda due=due: time.monotonic() >= due, "the moment")
+            client.send("5\r\nchunk\r\n")
+        assert client.send("0\r\n\r\n").reply().body == b"chunk" * 15
+
+
 def test_a_client_that_never_reads_a_stream_loses_it_after_send_timeout(hurried, which):
     message = "A client took nothing for send_timeout: cut off"
     before = hurried.log.count(message)
