@@ -113,6 +113,7 @@ class Arriving:
         conn.looked_at = now
         if conn.head is not None and conn.timer is not self._bodies:
             conn.progress_at = now
+            self._glances.stop(conn)  # it was due for the head; one that follows is for the mark
             self._host.time(conn, self._bodies, now)
             self._arrivals.expect_body(conn, conn.head)
         elif conn.head is not None:
@@ -156,7 +157,7 @@ class Arriving:
         if conn.state != State.ARRIVING:
             return
         if now - conn.looked_at >= _pause(conn):
-            self.look(conn, now)
+            self.look(conn, now, woken=True)
         else:
             self._glances.start(conn, now)
 

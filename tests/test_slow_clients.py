@@ -129,6 +129,10 @@ def test_half_bodies_of_more_than_may_be_awaited_in_all_hold_no_slot(replica, st
     """The budget is for bytes that come, not for those that were announced."""
     clients = crowd(replica, 0, 300, HALF.replace("1000", "2000000"))
     hold_nothing(replica, stage, 0)
+    with replica.connect() as client:
+        client.send("POST /echo HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.send(b"dbba0\r\n" + b"x" * 900_000 + b"\r\n0\r\n\r\n")
+        assert client.reply().body == b"x" * 900_000
     close(clients)
 
 
