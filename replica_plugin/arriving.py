@@ -112,6 +112,7 @@ class Arriving:
             return
         conn.looked_at = now
         if conn.head is not None and conn.timer is not self._bodies:
+            conn.head = conn.head.shortened()
             conn.progress_at = now
             self._glances.stop(conn)  # it was due for the head; one that follows is for the mark
             self._host.time(conn, self._bodies, now)

@@ -13,9 +13,11 @@ from server import wait_for
 
 from replica_plugin import arrival
 from replica_plugin.answers import Answer
-from replica_plugin.channel import Adopt
-from replica_plugin.clients import HEAD_KEPT, Clients
+from replica_plugin.channel import Adopt, Kind, Report
+from replica_plugin.clients import Clients
 from replica_plugin.connection import Connection, State, timeval
+from replica_plugin.head import HEAD_KEPT
+from replica_plugin.rest import Rest
 from replica_plugin.rules import Serving
 
 LAST_CALL = 1.0
@@ -35,6 +37,9 @@ class Judge:
 
     def on_answered(self, conn: Connection, answer: Answer, now: float) -> None:
         pass
+
+    def probe(self, name: bytes) -> Answer:
+        return Answer(200, name.decode())
 
 
 class Idle:
@@ -102,6 +107,27 @@ def test_of_a_long_head_a_waiting_request_keeps_a_part_and_its_answer_ends_the_c
     idle.clients.answer(idle.conn, Answer(503, "full"), 0.0)
     assert idle.conn.state == State.LINGERING
     assert b"Connection: close" in idle.client.recv(1 << 16)
+
+
+@pytest.mark.parametrize("field", [b"A: a", b"A : a"], ids=["probe", "not-plain"])
+def test_of_a_long_head_a_part_is_kept_while_its_body_comes_and_how_all_of_it_reads(idle, field):
+    idle.clients.serve(Serving(probes=(b"/ready",)))
+    length = b"GET /ready HTTP/1.1\r\nContent-Length: 10\r\n"
+    idle.client.sendall(length + b"A: a\r\n" * 8000 + field + b"\r\n\r\nhalf ")
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    assert (idle.conn.state, len(idle.conn.head.text)) == (State.ARRIVING, HEAD_KEPT)
+    idle.client.sendall(b"whole")
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.05)
+    assert idle.judge.ready == ([] if field == b"A: a" else [idle.conn])
+    assert idle.judge.ready or idle.client.recv(1 << 16).endswith(b"/ready\n")
+
+
+def test_nothing_is_kept_of_the_head_of_a_request_whose_response_is_being_sent(idle):
+    idle.client.sendall(REQUEST)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    idle.clients.lend(idle.conn)
+    idle.clients.give_back(idle.conn, Report(Kind.DONE, rest=Rest.of(b"rest")), 0.0)
+    assert (idle.conn.state, idle.conn.head) == (State.SENDING, None)
 
 
 @pytest.mark.parametrize(
