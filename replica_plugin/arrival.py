@@ -100,7 +100,9 @@ class Arrivals:
         """Move the mark of a chunked body on, to where something new can be seen."""
         if conn.chunks is not None and conn.awaited:
             needed = conn.chunks.needed - len(conn.ahead)
-            conn.wake_at(max(1, min(conn.awaited, needed)))
+            mark = max(1, min(conn.awaited, needed))
+            if mark != conn.mark:  # the kernel would tell again of what has been seen
+                conn.wake_at(mark)
 
     def forget(self, conn: Connection) -> None:
         """Nothing more is awaited on this connection."""

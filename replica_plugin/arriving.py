@@ -90,6 +90,7 @@ class Arriving:
         `woken` says that the kernel reported the socket readable. If it does so below the
         mark we set, its buffer may be full: see whether more comes in the next moment.
         """
+        before = conn.arrived
         sight = self._arrivals.look(conn)
         if sight == Sight.LEFT:
             self._host.close(conn)
@@ -98,6 +99,8 @@ class Arriving:
         elif sight == Sight.TOO_LARGE:
             self._host.answer(conn, head_too_large(self._serving.limits.head), now)
         else:
+            if conn.arrived > before:
+                conn.progress_at = now
             if woken and conn.mark:
                 self._quiet.start(conn, now)
             self._expect_more(conn, now)
@@ -109,7 +112,9 @@ class Arriving:
             return
         conn.looked_at = now
         if conn.head is not None and conn.timer is not self._bodies:
+            conn.head = conn.head.shortened()
             conn.progress_at = now
+            self._glances.stop(conn)  # it was due for the head; one that follows is for the mark
             self._host.time(conn, self._bodies, now)
             self._arrivals.expect_body(conn, conn.head)
         elif conn.head is not None:
@@ -153,7 +158,7 @@ class Arriving:
         if conn.state != State.ARRIVING:
             return
         if now - conn.looked_at >= _pause(conn):
-            self.look(conn, now)
+            self.look(conn, now, woken=True)
         else:
             self._glances.start(conn, now)
 

@@ -39,7 +39,6 @@ from .rules import Serving
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 LEFT: int = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 BACKLOG = 4096  # connections: as many as the kernel lets wait, by default (somaxconn)
-HEAD_KEPT = 1 << 14  # bytes of a waiting request's head: for an answer, and the log
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
@@ -147,16 +146,8 @@ class Clients:
             if conn.hung_up:
                 self._leave_queue(conn)
             else:
-                self._shorten_head(conn)
+                conn.head = head and head.shortened()
                 self.watch(conn)
-
-    def _shorten_head(self, conn: Connection) -> None:
-        """Keep little of a long one, lest all that wait together take what memory there is.
-
-        The request then does not surely end with what is kept: an answer ends the connection.
-        """
-        if conn.head is not None and len(conn.head.text) > HEAD_KEPT:
-            conn.head = conn.head._replace(text=conn.head.text[:HEAD_KEPT])
 
     # Into a slot's hands and back.
 

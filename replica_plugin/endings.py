@@ -51,6 +51,7 @@ class Endings:
     def send(self, conn: Connection, rest: Rest, now: float) -> None:
         """Send what a slot has left; `on_sent` follows."""
         conn.state = State.SENDING
+        conn.head = None  # which may be long, and nobody asks for it any more
         conn.rest = rest
         self.unsent += rest.left
         conn.queued = queued(conn.sock)
@@ -61,7 +62,7 @@ class Endings:
     def linger(self, conn: Connection, now: float) -> None:
         """End the connection without a reset."""
         conn.state = State.LINGERING
-        conn.head = None  # which may be long, and nobody asks for it any more
+        conn.head = None
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:

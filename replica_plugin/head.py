@@ -13,6 +13,7 @@ import math
 import re
 from typing import NamedTuple
 
+HEAD_KEPT = 1 << 14  # bytes of the head of a request that waits: for an answer, and the log
 PROXY_V2 = b"\r\n\r\n\0\r\nQUIT\n"
 _LINE = re.compile(rb"([!-~]+) ([!-~]+) HTTP/(\d\.\d)\r\n")
 
@@ -39,6 +40,7 @@ class Head(NamedTuple):
     `size` counts its bytes, PROXY preamble and blank line included. `length` and `chunked` say
     what body to await; `framed`, that one is spoken of at all. `method` is empty if the request
     line is malformed. `patience` is the client's own wait limit in seconds: X-Queue-Timeout.
+    `plain` is None while `text` is whole, and then what `is_plain` was.
     """
 
     size: int
@@ -50,16 +52,28 @@ class Head(NamedTuple):
     expects: bool = False
     framed: bool = False
     patience: float = math.inf
+    plain: bool | None = None
+
+    def shortened(self) -> Head:
+        """With little of a long text, lest all that wait together take what memory there is."""
+        if len(self.text) <= HEAD_KEPT:
+            return self
+        return self._replace(text=self.text[:HEAD_KEPT], plain=self.is_plain)
 
     @property
     def is_plain(self) -> bool:
         """Whether everybody who reads this head takes it for the same one."""
-        return _PLAIN.fullmatch(self.text) is not None
+        return _PLAIN.fullmatch(self.text) is not None if self.plain is None else self.plain
 
     @property
     def ends_request(self) -> bool:
-        """Whether the request has surely ended with its head, and another may follow."""
-        return self.is_plain and not self.framed and self.method != b"CONNECT"
+        """Whether the request has surely ended with its head, and another may follow.
+
+        Of a head that was shortened nobody knows whether the client wants another.
+        """
+        return (
+            self.plain is None and self.is_plain and not self.framed and self.method != b"CONNECT"
+        )
 
     @property
     def keeps_alive(self) -> bool:

@@ -91,7 +91,8 @@ class Listeners:
     def accept_if(self, wanted: bool) -> None:
         """Take connections, or leave them to whoever else has these listeners."""
         self.wanted = wanted
-        self._listen(select.EPOLLIN)
+        if self.paused_until == math.inf:
+            self._listen(select.EPOLLIN)
 
     def refuse(self) -> None:
         """Take no more connections, but those that have begun."""

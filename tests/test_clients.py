@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import select
 import socket
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
+from server import wait_for
 
+from replica_plugin import arrival
 from replica_plugin.answers import Answer
-from replica_plugin.channel import Adopt
-from replica_plugin.clients import HEAD_KEPT, Clients
+from replica_plugin.channel import Adopt, Kind, Report
+from replica_plugin.clients import Clients
 from replica_plugin.connection import Connection, State, timeval
+from replica_plugin.head import HEAD_KEPT
+from replica_plugin.rest import Rest
 from replica_plugin.rules import Serving
 
 LAST_CALL = 1.0
 REQUEST = b"GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+CHUNKED = b"POST / HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n"
 CLOSING = b"GET / HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n"
 
 
@@ -31,17 +38,28 @@ class Judge:
     def on_answered(self, conn: Connection, answer: Answer, now: float) -> None:
         pass
 
+    def probe(self, name: bytes) -> Answer:
+        return Answer(200, name.decode())
+
 
 class Idle:
     """A connection between two requests, whose events nobody has looked at."""
 
-    def __init__(self) -> None:
+    def __init__(self, sock: socket.socket, client: socket.socket) -> None:
         self.judge = Judge()
         self.epoll = select.epoll()
         self.clients = Clients(self.epoll, [], Serving(keepalive=2.0), self.judge)
-        sock, self.client = socket.socketpair()
+        self.client = client
         self.clients.adopt(Adopt(2, "", b"", b""), sock, "", now=0.0)
         (self.conn,) = self.clients.connections.values()
+
+    def turn(self, now: float) -> int:
+        """One turn of the dispatcher's loop; how many events it had."""
+        events = self.epoll.poll(0)
+        for _, mask in events:
+            self.clients.on_event(self.conn, mask, now)
+        self.clients.tick(now)
+        return len(events)
 
     def close(self) -> None:
         if self.conn.state != State.CLOSED:
@@ -52,7 +70,16 @@ class Idle:
 
 @pytest.fixture
 def idle() -> Iterator[Idle]:
-    idle = Idle()
+    idle = Idle(*socket.socketpair())
+    yield idle
+    idle.close()
+
+
+@pytest.fixture
+def idle_over_tcp() -> Iterator[Idle]:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        client = socket.create_connection(server.getsockname())
+        idle = Idle(server.accept()[0], client)
     yield idle
     idle.close()
 
@@ -80,6 +107,27 @@ def test_of_a_long_head_a_waiting_request_keeps_a_part_and_its_answer_ends_the_c
     idle.clients.answer(idle.conn, Answer(503, "full"), 0.0)
     assert idle.conn.state == State.LINGERING
     assert b"Connection: close" in idle.client.recv(1 << 16)
+
+
+@pytest.mark.parametrize("field", [b"A: a", b"A : a"], ids=["probe", "not-plain"])
+def test_of_a_long_head_a_part_is_kept_while_its_body_comes_and_how_all_of_it_reads(idle, field):
+    idle.clients.serve(Serving(probes=(b"/ready",)))
+    length = b"GET /ready HTTP/1.1\r\nContent-Length: 10\r\n"
+    idle.client.sendall(length + b"A: a\r\n" * 8000 + field + b"\r\n\r\nhalf ")
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    assert (idle.conn.state, len(idle.conn.head.text)) == (State.ARRIVING, HEAD_KEPT)
+    idle.client.sendall(b"whole")
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.05)
+    assert idle.judge.ready == ([] if field == b"A: a" else [idle.conn])
+    assert idle.judge.ready or idle.client.recv(1 << 16).endswith(b"/ready\n")
+
+
+def test_nothing_is_kept_of_the_head_of_a_request_whose_response_is_being_sent(idle):
+    idle.client.sendall(REQUEST)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    idle.clients.lend(idle.conn)
+    idle.clients.give_back(idle.conn, Report(Kind.DONE, rest=Rest.of(b"rest")), 0.0)
+    assert (idle.conn.state, idle.conn.head) == (State.SENDING, None)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +173,35 @@ def test_a_long_head_that_dribbles_is_looked_at_less_often_than_a_short_one(idle
         idle.clients.tick(now)
         seen.append(idle.conn.arrived - seen[0])
     assert seen[1:] == [0, 0, 1]
+
+
+def test_a_chunked_body_for_which_no_room_is_left_is_told_of_once_when_it_is_silent(
+    idle_over_tcp, monkeypatch
+):
+    idle = idle_over_tcp
+    monkeypatch.setattr(arrival, "ALL_MARKS", 0)
+    idle.client.sendall(CHUNKED + b"dbba0\r\n" + b"x" * 100_000)
+    wait_for(lambda: idle.conn.unread() > 100_000, "all of it")
+    events = [idle.turn(step / 10) for step in range(20)]
+    assert sum(events) <= 3
+    assert idle.judge.ready == []
+
+
+def test_a_chunked_body_for_which_no_room_is_left_is_read_by_the_slot(idle_over_tcp, monkeypatch):
+    idle = idle_over_tcp
+    monkeypatch.setattr(arrival, "ALL_MARKS", 0)
+    body = CHUNKED + b"dbba00\r\n" + b"x" * 14_400_000
+    idle.client.setblocking(False)
+    sent = 0
+
+    def is_ready() -> bool:
+        nonlocal sent
+        with suppress(BlockingIOError):
+            sent += idle.client.send(body[sent:])
+        idle.turn(time.monotonic())
+        return idle.judge.ready == [idle.conn]
+
+    wait_for(is_ready, "a slot to be asked for", timeout=5)
 
 
 class Endless:

@@ -96,6 +96,20 @@ def test_what_the_kernel_has_no_memory_for_waits_in_the_backlog_for_a_moment(err
             conn.sock.close()
 
 
+def test_a_stop_during_such_a_moment_waits_for_its_end_before_it_listens_again():
+    """An event that nothing is done about would keep the loop spinning."""
+    with socket.create_server(("127.0.0.1", 0)) as sock, select.epoll() as epoll:
+        sock.setblocking(False)
+        fd, found = sock.fileno(), Listeners(epoll, [Poor(sock, 2, errno.ENOBUFS)])
+        with socket.create_connection(sock.getsockname()):
+            assert epoll.poll(PATIENCE)
+            assert list(found.accept(fd, 1.0)) == [None]
+            found.accept_if(True)
+            assert epoll.poll(0) == []
+            found.tick(1.0 + PAUSE)
+            assert epoll.poll(0)
+
+
 class Office:
     """Writes down which processes can be sent to again."""
 

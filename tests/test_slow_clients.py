@@ -129,6 +129,10 @@ def test_half_bodies_of_more_than_may_be_awaited_in_all_hold_no_slot(replica, st
     """The budget is for bytes that come, not for those that were announced."""
     clients = crowd(replica, 0, 300, HALF.replace("1000", "2000000"))
     hold_nothing(replica, stage, 0)
+    with replica.connect() as client:
+        client.send("POST /echo HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        client.send(b"dbba0\r\n" + b"x" * 900_000 + b"\r\n0\r\n\r\n")
+        assert client.reply().body == b"x" * 900_000
     close(clients)
 
 
@@ -289,6 +293,18 @@ def test_a_body_that_keeps_coming_is_read_however_long_it_takes(hurried, which):
 
         wait_for(drip, "the whole body to be sent")
         assert client.reply().body == body
+
+
+def test_a_chunked_body_that_keeps_coming_is_awaited_however_long_it_takes(hurried, which):
+    """Chunks that are far enough apart for each of them to be looked at when it comes."""
+    with hurried.connect(which) as client:
+        client.send("POST /echo HTTP/1.1\r\nHost: test\r\nTransfer-Encoding: chunked\r\n\r\n")
+        due = time.monotonic()
+        for _ in range(15):
+            due += 0.1
+            wait_for(lambda due=due: time.monotonic() >= due, "the moment")
+            client.send("5\r\nchunk\r\n")
+        assert client.send("0\r\n\r\n").reply().body == b"chunk" * 15
 
 
 def test_a_client_that_never_reads_a_stream_loses_it_after_send_timeout(hurried, which):
