@@ -10,6 +10,7 @@ report says how the connection goes on.
 from __future__ import annotations
 
 import errno
+import io
 import json
 from datetime import datetime, timedelta
 from functools import partial
@@ -24,6 +25,7 @@ from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, Sen
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
+from .permit import is_on_disk
 from .settled import Request
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
@@ -142,7 +144,8 @@ class Exchange:
             sock.finish()
         try:
             if isinstance(body, environ["wsgi.file_wrapper"]):
-                sock.finish()
+                if isinstance(body.filelike, io.BytesIO) or is_on_disk(body.filelike):
+                    sock.finish()  # else more may come, as of a pipe
                 response.write_file(body)
             else:
                 for part in body:
