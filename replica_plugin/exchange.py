@@ -135,6 +135,8 @@ class Exchange:
         finally:
             took = self._took
             if took is not None and not self._run.is_answered:  # else that answer is in the log
+                if self._sock.trouble is not None and self._is_too_late:
+                    response.status = "408 Request Timeout"
                 self._log.access(response, self._request, environ, took)
 
     def _run_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
@@ -197,7 +199,7 @@ class Exchange:
     def _on_error(self, error: BaseException) -> int:
         """Say what went wrong to the client, if it can still be told, and to the log."""
         trouble = self._sock.trouble
-        if isinstance(trouble, ReceiveTimeoutError) and not self._sock.answering:
+        if self._is_too_late:
             return self._too_late()
         if isinstance(trouble, SendTimeoutError):
             self._log.warning("A client took nothing for send_timeout: cut off")
@@ -221,7 +223,13 @@ class Exchange:
             return self._told()
         return End.LINGER
 
+    @property
+    def _is_too_late(self) -> bool:
+        """Whether the body stopped before the response began, whatever the app made of that."""
+        return isinstance(self._sock.trouble, ReceiveTimeoutError) and not self._sock.written
+
     def _too_late(self) -> int:
+        self._sock.discard()  # what an app says that has caught it
         self._sock.trouble = None
         mesg = "Nothing of the request's body came for receive_timeout."
         self._log.warning("408: %s", mesg)

@@ -165,6 +165,14 @@ def echo(environ, start_response, rest):
     return answer(start_response, environ["wsgi.input"].read())
 
 
+def caught(environ, start_response, rest):
+    """Answer whatever happens to the body, as Flask does."""
+    try:
+        return echo(environ, start_response, rest)
+    except OSError:
+        return answer(start_response, "caught\n", "400 Bad Request")
+
+
 def ignore(environ, start_response, rest):
     """Answer without reading the body."""
     return answer(start_response, "ignored\n")
@@ -296,6 +304,7 @@ HANDLERS = {
     "blocks": blocks,
     "burn": burn,
     "cancelled": cancelled,
+    "caught": caught,
     "child": child,
     "close": close,
     "close-all": close_all,
