@@ -206,7 +206,7 @@ class Exchange:
             return End.ABORT
         if trouble is not None:
             if isinstance(trouble, AnsweredError):
-                return End.LINGER
+                return self._answered()
             if isinstance(error, OverdueError):
                 return End.ABORT
             if trouble.errno not in _CLIENT_GONE:
@@ -247,9 +247,15 @@ class Exchange:
         self._sock.finish()
         try:
             self._sock.flush()
+        except AnsweredError:
+            return self._answered()
         except OSError:
             return End.ABORT
         return End.LINGER
+
+    def _answered(self) -> int:
+        """The attendant has answered; or a stop has taken that from us, and nobody has yet."""
+        return End.LINGER if self._run.was_answered else End.UNTAKEN
 
 
 def _completes(part: Any, response: Any) -> bool:
