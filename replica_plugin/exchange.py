@@ -62,6 +62,7 @@ class Exchange:
         self._request: Any = None
         self._carry = job.carry
         self._took: timedelta | None = None  # until the body was sent
+        self._whole = False  # the response is complete; what is left of it goes out in any case
         if job.ahead:
             self._parser.unreader.unread(job.ahead)
 
@@ -158,6 +159,7 @@ class Exchange:
             sock.finish()
             response.close()
             sock.flush()
+            self._whole = True
         finally:
             self._took = datetime.now() - began
             if hasattr(body, "close"):
@@ -213,8 +215,7 @@ class Exchange:
                 self._log.exception("Socket error processing request.")
             return End.ABORT
         if isinstance(error, OverdueError):
-            self._sock.discard()
-            return End.LINGER if self._sock.written else self._overdue()
+            return self._overdue()
         if self._sock.answering and not isinstance(error, _CutShortError):
             self._log.exception("Error after the response to %s", self._request.uri)
             return End.LINGER
@@ -237,7 +238,11 @@ class Exchange:
         return self._told()
 
     def _overdue(self) -> int:
-        """The attendant has answered, unless the slot was about to begin its response."""
+        """The attendant has answered, unless the slot has begun its response, or was about to."""
+        if not self._whole:
+            self._sock.discard()
+        if self._sock.written:
+            return End.LINGER
         if not self._run.is_answered:
             util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()
