@@ -70,7 +70,7 @@ class End:
     CLOSE = 1  # the client expects the end, and everything it sent was read
     LINGER = 2  # the client may still be sending: half-close, drain, close
     ABORT = 3  # nothing more can be said to this client
-    UNTAKEN = 4  # the process had no descriptor left for it: nothing was read or said
+    UNTAKEN = 4  # nothing was said: no descriptor was left for it, or a stop had forbidden that
 
 
 class Kind:

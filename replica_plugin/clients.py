@@ -26,7 +26,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from typing import Protocol
 
-from .answers import UNTAKEN, Answer
+from .answers import OUT_OF_TIME, UNTAKEN, Answer
 from .arriving import Arriving
 from .channel import Address, Adopt, End, Report
 from .connection import Connection, State, timeval
@@ -183,7 +183,7 @@ class Clients:
     def _after(self, conn: Connection, report: Report, now: float) -> None:
         """Go on as the slot has said."""
         if report.end == End.UNTAKEN:
-            self.answer(conn, UNTAKEN, now)
+            self.answer(conn, OUT_OF_TIME if self._stopping else UNTAKEN, now)
         elif report.end == End.KEEP:
             conn.next_request(report.ahead, report.carry)
             self._go_on(conn, now)

@@ -10,6 +10,7 @@ report says how the connection goes on.
 from __future__ import annotations
 
 import errno
+import io
 import json
 from datetime import datetime, timedelta
 from functools import partial
@@ -24,6 +25,7 @@ from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, Sen
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
+from .permit import is_on_disk
 from .settled import Request, get_parser
 
 DRAIN = 1 << 16  # bytes of a body the app left unread that are read to keep the connection
@@ -59,6 +61,7 @@ class Exchange:
         self._body: _Body | None = None  # unless the request has none
         self._carry = job.carry
         self._took: timedelta | None = None  # until the body was sent
+        self._whole = False  # the response is complete; what is left of it goes out in any case
         if job.ahead:
             self._parser.unreader.unread(job.ahead)
 
@@ -138,6 +141,8 @@ class Exchange:
         finally:
             took = self._took
             if took is not None and not self._run.is_answered:  # else that answer is in the log
+                if self._sock.trouble is not None and self._is_too_late:
+                    response.status = "408 Request Timeout"
                 self._log.access(response, self._request, environ, took)
 
     def _run_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
@@ -147,7 +152,8 @@ class Exchange:
             sock.finish()
         try:
             if isinstance(body, environ["wsgi.file_wrapper"]):
-                sock.finish()
+                if isinstance(body.filelike, io.BytesIO) or is_on_disk(body.filelike):
+                    sock.finish()  # else more may come, as of a pipe
                 response.write_file(body)
             else:
                 for part in body:
@@ -158,6 +164,7 @@ class Exchange:
             sock.finish()
             response.close()
             sock.flush()
+            self._whole = True
         finally:
             self._took = datetime.now() - began
             if hasattr(body, "close"):
@@ -199,22 +206,21 @@ class Exchange:
     def _on_error(self, error: BaseException) -> int:
         """Say what went wrong to the client, if it can still be told, and to the log."""
         trouble = self._sock.trouble
-        if isinstance(trouble, ReceiveTimeoutError) and not self._sock.answering:
+        if self._is_too_late:
             return self._too_late()
         if isinstance(trouble, SendTimeoutError):
             self._log.warning("A client took nothing for send_timeout: cut off")
             return End.ABORT
         if trouble is not None:
             if isinstance(trouble, AnsweredError):
-                return End.LINGER
+                return self._answered()
             if isinstance(error, OverdueError):
                 return End.ABORT
             if trouble.errno not in _CLIENT_GONE:
                 self._log.exception("Socket error processing request.")
             return End.ABORT
         if isinstance(error, OverdueError):
-            self._sock.discard()
-            return End.LINGER if self._sock.written else self._overdue()
+            return self._overdue()
         if self._sock.answering and not isinstance(error, _CutShortError):
             self._log.exception("Error after the response to %s", self._request.uri)
             return End.LINGER
@@ -223,7 +229,13 @@ class Exchange:
             return self._told()
         return End.LINGER
 
+    @property
+    def _is_too_late(self) -> bool:
+        """Whether the body stopped before the response began, whatever the app made of that."""
+        return isinstance(self._sock.trouble, ReceiveTimeoutError) and not self._sock.written
+
     def _too_late(self) -> int:
+        self._sock.discard()  # what an app says that has caught it
         self._sock.trouble = None
         mesg = "Nothing of the request's body came for receive_timeout."
         self._log.warning("408: %s", mesg)
@@ -231,7 +243,11 @@ class Exchange:
         return self._told()
 
     def _overdue(self) -> int:
-        """The attendant has answered, unless the slot was about to begin its response."""
+        """The attendant has answered, unless the slot has begun its response, or was about to."""
+        if not self._whole:
+            self._sock.discard()
+        if self._sock.written:
+            return End.LINGER
         if not self._run.is_answered:
             util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()
@@ -241,9 +257,15 @@ class Exchange:
         self._sock.finish()
         try:
             self._sock.flush()
+        except AnsweredError:
+            return self._answered()
         except OSError:
             return End.ABORT
         return End.LINGER
+
+    def _answered(self) -> int:
+        """The attendant has answered; or a stop has taken that from us, and nobody has yet."""
+        return End.LINGER if self._run.was_answered else End.UNTAKEN
 
 
 def _completes(part: Any, response: Any) -> bool:

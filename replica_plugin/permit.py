@@ -74,13 +74,13 @@ class Files:
 
     def _wrap_file(self, file: Any, *block_size: int) -> Iterable[bytes]:
         assert self._wrap is not None
-        if not _is_on_disk(file):
+        if not is_on_disk(file):
             return FileWrapper(file, *block_size)
         self._servers = self._wrap(file, *block_size)
         return self._servers
 
 
-def _is_on_disk(file: Any) -> bool:
+def is_on_disk(file: Any) -> bool:
     """Whether to send it needs no `read` of Python's, which may be the app's."""
     try:
         return stat.S_ISREG(os.fstat(file.fileno()).st_mode)

@@ -165,6 +165,14 @@ def echo(environ, start_response, rest):
     return answer(start_response, environ["wsgi.input"].read())
 
 
+def caught(environ, start_response, rest):
+    """Answer whatever happens to the body, as Flask does."""
+    try:
+        return echo(environ, start_response, rest)
+    except OSError:
+        return answer(start_response, "caught\n", "400 Bad Request")
+
+
 def ignore(environ, start_response, rest):
     """Answer without reading the body."""
     return answer(start_response, "ignored\n")
@@ -240,6 +248,26 @@ def file(environ, start_response, size):
     return environ["wsgi.file_wrapper"](content)
 
 
+class Feed:
+    """A file that is none on disk: what comes next, comes when the stage says so."""
+
+    def __init__(self, environ, name):
+        self.read = lambda size: next(self._parts, b"")
+        self._parts = self._feed(environ, name)
+
+    def _feed(self, environ, name):
+        yield from [b"f" * 65536] * 112
+        for step in ("more", "end"):
+            hold(environ, lambda *_: None, f"{name}-{step}")
+            yield step.encode()
+
+
+def feed(environ, start_response, name):
+    """7 MiB at once, and more by and by, through wsgi.file_wrapper."""
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    return environ["wsgi.file_wrapper"](Feed(environ, name), 65536)
+
+
 def fail(environ, start_response, rest):
     raise RuntimeError("before the first byte")
 
@@ -276,6 +304,7 @@ HANDLERS = {
     "blocks": blocks,
     "burn": burn,
     "cancelled": cancelled,
+    "caught": caught,
     "child": child,
     "close": close,
     "close-all": close_all,
@@ -285,6 +314,7 @@ HANDLERS = {
     "environ": environment,
     "fail": fail,
     "fail-late": fail_late,
+    "feed": feed,
     "file": file,
     "freeze": freeze,
     "late-child": late_child,

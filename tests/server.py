@@ -401,10 +401,15 @@ class Client:
 
     def reply(self, method: str = "GET") -> Reply:
         """Read one reply. Raises http.client's exceptions, ConnectionError or TimeoutError."""
-        response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
-        response.begin()
+        response = self.begun_reply(method)
         body = response.read()
         return Reply(response.status, body, dict(response.headers))
+
+    def begun_reply(self, method: str = "GET") -> http.client.HTTPResponse:
+        """Read the head of a reply. Raises as `reply`."""
+        response = http.client.HTTPResponse(self, method=method)  # type: ignore[arg-type]
+        response.begin()
+        return response
 
     def get(self, path: str, **headers: str) -> Reply:
         return self.ask(path, **headers).reply()

@@ -77,6 +77,23 @@ def begun(environ, start_response, name):
     spin(environ, start_response, name)
 
 
+class Closing:
+    """A body whose closing does not end."""
+
+    def __init__(self, environ, name, part):
+        self._parts = [part]
+        self.close = lambda: spin(environ, None, name)
+
+    def __iter__(self):
+        return iter(self._parts)
+
+
+def closing(environ, start_response, name):
+    """A complete response of 7 MiB."""
+    (part,) = answer(start_response, b"c" * (7 << 20))
+    return Closing(environ, name, part)
+
+
 def near(environ, start_response, seconds):
     """End at about this time, without ever blocking."""
     until = time.monotonic() + float(seconds)
@@ -87,6 +104,6 @@ def near(environ, start_response, seconds):
 
 served_app.HANDLERS.update(
     spin=spin, sleep=sleep, read=read, grip=grip, swallow=swallow, clean=clean, count=count,
-    begun=begun, near=near,
+    begun=begun, near=near, closing=closing,
 )  # fmt: skip
 application = served_app.application

@@ -12,8 +12,8 @@ import pytest
 from server import wait_for
 
 from replica_plugin import arrival
-from replica_plugin.answers import Answer
-from replica_plugin.channel import Adopt, Kind, Report
+from replica_plugin.answers import OUT_OF_TIME, Answer
+from replica_plugin.channel import Adopt, End, Kind, Report
 from replica_plugin.clients import Clients
 from replica_plugin.connection import Connection, State, timeval
 from replica_plugin.head import HEAD_KEPT
@@ -96,6 +96,15 @@ def test_a_request_that_came_unseen_before_the_last_call_of_a_stop_is_served(idl
     idle.clients.tick(LAST_CALL)
     idle.clients.on_event(idle.conn, select.EPOLLIN, LAST_CALL)
     assert idle.judge.ready == [idle.conn]
+
+
+def test_a_request_that_its_slot_may_not_answer_any_more_is_told_so_at_the_end_of_a_stop(idle):
+    idle.client.sendall(REQUEST)
+    idle.clients.on_event(idle.conn, select.EPOLLIN, 0.0)
+    idle.clients.lend(idle.conn)
+    idle.clients.stop(0.0, LAST_CALL, shared=False, serving=True)
+    idle.clients.give_back(idle.conn, Report(Kind.DONE, end=End.UNTAKEN), LAST_CALL)
+    assert OUT_OF_TIME.text.encode() in idle.client.recv(1 << 16)
 
 
 def test_of_a_long_head_a_waiting_request_keeps_a_part_and_its_answer_ends_the_connection(idle):

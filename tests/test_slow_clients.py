@@ -259,6 +259,18 @@ def test_a_body_that_stops_in_a_slot_is_told_so_and_gives_the_slot_back(hurried,
     assert hurried.get("/hello", which).status == 200
 
 
+def test_a_body_that_stops_is_told_so_also_when_the_app_would_answer_something_else(hurried, which):
+    with hurried.connect(which) as client:
+        client.send(HALF.replace("echo", "caught").replace("1000", "300000")).send(b"x" * 100_000)
+        reply = client.reply()
+        assert reply.status == 408
+        assert b"receive_timeout" in reply.body
+    hurried.wait_numbers(running=0)
+    access = hurried.folder / "access.log"
+    wait_for(lambda: '"POST /caught HTTP/1.1" 408 ' in access.read_text(), "the access log")
+    assert "Socket error processing request." not in hurried.log
+
+
 def test_a_connection_that_a_probe_began_has_the_same_limits(hurried, which):
     """The first of its requests that a slot gets is not the first of all."""
     with hurried.connect(which) as client:

@@ -66,6 +66,21 @@ def test_a_response_of_known_length_leaves_the_slot_with_its_last_part(start, wh
     client.close()
 
 
+def test_what_a_pipe_has_by_and_by_goes_out_at_once_also_when_the_client_has_lagged(
+    replica, module_start, which
+):
+    """It comes by wsgi.file_wrapper, as a file on disk does, but more may come at any time."""
+    client = unread(replica, "/feed/x", which)
+    wait_for(client.is_readable, "the response begins")
+    response = client.begun_reply()
+    assert response.read(7 * MIB) == b"f" * 7 * MIB
+    for step in (b"more", b"end"):
+        module_start.stage.next().finish()
+        assert response.read(len(step)) == step
+    assert response.read() == b""
+    client.close()
+
+
 def test_a_response_longer_than_response_buffer_holds_its_slot_until_so_much_is_left(start, which):
     server = start(config={**ONE, "response_buffer": "1Mi"}, bind=BOTH)
     client = unread(server, "/large/16/one", which)

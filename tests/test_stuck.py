@@ -128,6 +128,21 @@ def test_a_response_that_has_begun_is_cut_short_and_its_slot_goes_on(serve, stag
 
 @IN_BOTH_MODES
 @both
+def test_a_response_that_is_complete_arrives_whole_though_its_close_is_interrupted(
+    serve, stage, threads
+):
+    server = serve(threads)
+    with server.connect() as client:
+        client.ask("/closing/x")  # and reads nothing: the kernel has room for a part of it
+        let(stage, "x")
+        server.wait_numbers(running=1)
+        server.wait_log("GET /closing/x in process \\d+ has run for longer than request_timeout")
+        server.wait_numbers(running=0)
+        assert client.reply().body == b"c" * (7 << 20)
+
+
+@IN_BOTH_MODES
+@both
 def test_code_that_swallows_the_interrupt_keeps_its_slot_until_it_ends(serve, stage, threads):
     server = serve(threads)
     stuck = server.later("/swallow/x")

@@ -1,0 +1,93 @@
+"""A slot's work on one request, of which the end is another's to tell."""
+
+from __future__ import annotations
+
+import socket
+from functools import partial
+from typing import Any
+
+import pytest
+from gunicorn.config import Config
+from gunicorn.workers.base import Worker
+from test_clients import REQUEST
+from test_overdue import Nobody, job
+
+from replica_plugin.cells import Cells
+from replica_plugin.channel import End, Report
+from replica_plugin.client_socket import ClientSocket
+from replica_plugin.exchange import Exchange
+from replica_plugin.overdue import Run
+from replica_plugin.settled import Settled
+
+
+class Process:
+    """A process with one app."""
+
+    handle_error = Worker.handle_error
+
+    def __init__(self, app: Any) -> None:
+        self.cfg = Settled(Config())
+        self.log = Quiet()
+        self.wsgi = app
+
+    def count_request(self) -> None:
+        pass
+
+
+class Quiet:
+    """A log."""
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments, **named: None
+
+
+def answers(environ: Any, start_response: Any) -> list[bytes]:
+    start_response("200 OK", [("Content-Length", "2")])
+    return [b"ok"]
+
+
+def fails(environ: Any, start_response: Any) -> list[bytes]:
+    raise RuntimeError
+
+
+def serve(app: Any, run: Run) -> tuple[Report, bytes]:
+    """The report, and what the client has read."""
+    client, ours = socket.socketpair()
+    client.sendall(REQUEST)
+    sock = ClientSocket(
+        ours.family, ours.type, ours.detach(), run.may_write, lambda: None, lambda: 0
+    )
+    run.client = sock
+    with client, sock:
+        report = Exchange(Process(app), job(), sock, run).run()
+        sock.shutdown(socket.SHUT_WR)
+        return report, client.recv(1 << 16)
+
+
+@pytest.mark.parametrize("app", [answers, fails])
+def test_a_slot_that_may_not_begin_its_response_any_more_says_that_it_has_not(app):
+    """Else nobody would answer: by its cell the dispatcher takes it for one that has begun.
+
+    1. dispatcher: silence
+    2. slot: marks its cell, and sees that
+    3. dispatcher: sees the mark
+    """
+    cells = Cells(1)
+    cells.begin(0, 7)
+    cells.silence()
+    report, read = serve(app, Run(job(), None, partial(cells.answering, 0), Nobody()))
+    assert cells.begun() == {7: True}
+    assert (report.end, read) == (End.UNTAKEN, b"")
+
+
+@pytest.mark.parametrize("app", [answers, fails])
+def test_a_slot_whose_request_the_attendant_has_answered_says_so(app):
+    run = Run(job(), None, lambda: True, Nobody())
+
+    def late(environ: Any, start_response: Any) -> Any:
+        run.answer()
+        return app(environ, start_response)
+
+    report, read = serve(late, run)
+    assert report.end == End.LINGER
+    assert read.startswith(b"HTTP/1.1 504 ") and read.count(b"HTTP/1.1 ") == 1
