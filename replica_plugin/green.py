@@ -135,7 +135,7 @@ class GreenEnd(ProcessEnd):
             message = receive(self.sock, _NOW)
         except BlockingIOError:  # the attendant was faster
             return
-        except OSError:
+        except ConnectionError:
             message = END
         if message == END:
             self._ended = True

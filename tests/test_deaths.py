@@ -432,6 +432,34 @@ def test_a_process_that_has_lost_a_slot_to_a_late_exception_of_the_apps_is_repla
     holds_all_slots(server, stage, 0, 2)
 
 
+ALARM = """
+import signal
+from served_app import HANDLERS, application, hello
+
+def raises(number, frame):
+    raise TimeoutError
+
+def alarm(environ, start_response, rest):
+    signal.signal(signal.SIGALRM, raises)
+    return hello(environ, start_response, rest)
+
+HANDLERS["alarm"] = alarm
+"""
+
+
+def test_a_handler_of_the_apps_that_raises_timeout_error_while_a_slot_waits_deafens_no_process(
+    start, stage
+):
+    """A request has left its alarm behind. What that raises is an OSError, as the kernel's are."""
+    server = start(config=ONE, app="alarm:application", files={"alarm.py": ALARM})
+    (before,) = server.workers
+    assert server.get("/alarm").status == 200
+    server.wait_numbers(running=0)
+    server.tell(signal.SIGALRM, before)
+    wait_for(lambda: before not in server.workers, "its end")
+    holds_all_slots(server, stage, 0, 1)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
 def test_a_process_whose_descriptors_the_app_has_closed_ends_and_is_replaced(start, stage, config):
     server = start("--timeout", "0", config=config)
