@@ -460,12 +460,48 @@ def test_a_handler_of_the_apps_that_raises_timeout_error_while_a_slot_waits_deaf
     holds_all_slots(server, stage, 0, 1)
 
 
+ENDS = """
+import gc, os
+from served_app import HANDLERS, application, hello
+from replica_plugin.worker import ReplicaWorker
+
+def number(name):
+    workers = (each for each in gc.get_objects() if isinstance(each, ReplicaWorker))
+    return getattr(next(filter(None, (each._channel for each in workers))), name).fileno()
+
+def close(environ, start_response, name):
+    os.close(number(name))
+    return hello(environ, start_response, name)
+
+def replace(environ, start_response, name):
+    os.dup2(0, number(name))
+    return hello(environ, start_response, name)
+
+HANDLERS.update({"close-end": close, "replace-end": replace})
+"""
+
+
+@pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
+@pytest.mark.parametrize("path", ["/close-end/sock", "/replace-end/deck"])
+def test_a_process_that_has_lost_an_end_of_ours_to_the_app_ends_and_is_replaced(
+    start, stage, config, path
+):
+    """The app closes a number of its own twice. Meanwhile it was given to us; and is, to others."""
+    server = start("--timeout", "0", config=config, app="ends:application", files={"ends.py": ENDS})
+    loses_one_process(server, stage, config, path)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
 def test_a_process_whose_descriptors_the_app_has_closed_ends_and_is_replaced(start, stage, config):
     server = start("--timeout", "0", config=config)
+    loses_one_process(server, stage, config, "/close-all")
+
+
+def loses_one_process(server: Server, stage: Stage, config: dict[str, int], path: str) -> None:
+    """It is replaced, and nothing has been lost."""
     before = set(server.workers)
     with server.connect() as client:
-        client.ask("/close-all")
+        client.ask(path)
         wait_for(lambda: before - set(server.workers), "one has ended")
     wait_for(lambda: len(server.workers) == len(before), "a successor")
     slots = config["processes_per_replica"] * config["threads_per_process"]
