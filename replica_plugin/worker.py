@@ -334,7 +334,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """If we may not, a successor may, who gets them from the master."""
         try:
             self.log.reopen_files()
-        except OSError as error:
+        except Exception as error:  # a stdout of the app's, say, that is no file
             print(f"Leaving, since the logs cannot be opened: {error}", file=sys.stderr, flush=True)
             self.alive = False
 
