@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import re
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -14,6 +17,8 @@ from server import Client, Load, Server, wait_for
 from stage import Actor, Stage
 
 from replica_plugin import early
+from replica_plugin.channel import Job, close_all, decode_job, pair, send_job
+from replica_plugin.green import GreenEnd
 
 GEVENT = {"mode": "gevent", "processes_per_replica": 2, "threads_per_process": 2}
 ONE = {**GEVENT, "processes_per_replica": 1}
@@ -378,6 +383,33 @@ def test_a_slow_request_is_not_stuck_however_old_it_is(start, stage):
     assert server.workers == [actor.pid]
     actor.finish()
     close(clients)
+
+
+def test_a_job_that_cannot_be_given_back_for_want_of_memory_waits_for_the_hub(monkeypatch):
+    ours, theirs = pair()
+    with ours, theirs, socket.socket() as client:
+        sent = Job(7, 1, "", "", b"", b"", False, 0.0, math.inf)
+        send_job(theirs, sent, client.fileno())
+        end = GreenEnd(ours, ours)
+        errands = []
+        monkeypatch.setattr(end, "sock", WithoutMemory(ours))
+        end.give_back(lambda *errand: errands.append(errand))
+        ((deliver, message),) = errands
+        deliver(message)
+        data, fds = end.receive()
+        assert decode_job(data) == sent
+        close_all(fds)
+        end._watcher.close()
+
+
+class WithoutMemory:
+    """A socket that has room for what comes, and none for what is said."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.recvmsg = sock.recvmsg
+
+    def send(self, data: bytes, flags: int) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
 
 
 # Signals and settings.
