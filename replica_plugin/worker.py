@@ -47,6 +47,12 @@ LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while t
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
+def _hear_alone() -> None:
+    """A child that the app forks: its parent, whose attendant reads the pipe, would take for its
+    own what the child is told."""
+    signal.set_wakeup_fd(-1)
+
+
 def _leave_at_once(number: int, frame: Any) -> None:
     os._exit(0)
 
@@ -108,6 +114,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """gunicorn's handlers, and at once ours, before one that heeds nothing yet is called."""
         signal.pthread_sigmask(signal.SIG_BLOCK, hook.ENDINGS)
         super().init_signals()
+        os.register_at_fork(after_in_child=_hear_alone)
         self.leave_at_once_when_told()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.ENDINGS)
 
@@ -172,11 +179,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """A child that the app forks, in which gevent's hub turns on, takes no requests of ours.
 
         There may be no descriptor left for that; so `_nowhere` was made before. Nor does it answer
-        any. It ends when told to, which our handlers would ignore, and its parent, whose attendant
-        reads the same pipe, take for its own.
+        any. It ends when told to, which our handlers would ignore.
         """
         try:
-            signal.set_wakeup_fd(-1)
             for number in hook.ENDINGS:
                 if signal.getsignal(number) in (self.handle_exit, self.handle_quit):
                     signal.signal(number, signal.SIG_DFL)

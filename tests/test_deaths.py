@@ -377,6 +377,33 @@ def test_a_child_that_the_app_has_forked_ends_when_told_to_and_its_parent_serves
     assert server.workers == before
 
 
+EARLY_CHILD = """
+import os, signal, time
+from served_app import HANDLERS, application, as_json
+
+child = os.fork()
+if not child:
+    signal.signal(signal.SIGTERM, lambda *arguments: os._exit(0))
+    while True:
+        time.sleep(1)
+
+HANDLERS["child"] = lambda environ, start_response, rest: as_json(start_response, child)
+"""
+
+
+def test_a_child_that_the_app_has_forked_as_it_was_loaded_ends_and_its_parent_serves_on(
+    start, stage
+):
+    """It has a handler of its own, and Python writes numbers of signals to its parent's pipe."""
+    server = start(config=ONE, app="early:application", files={"early.py": EARLY_CHILD})
+    before = server.workers
+    child = server.get("/child").json
+    server.tell(signal.SIGTERM, child)
+    wait_for(lambda: child not in server.children(before[0]), "the child's end")
+    holds_all_slots(server, stage, 0, 1)
+    assert server.workers == before
+
+
 COMES_BACK = """
 import os
 
