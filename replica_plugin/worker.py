@@ -282,7 +282,11 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.alive = False
 
     def handle_usr1(self, sig: int, frame: Any) -> None:
-        """USR1: the attendant reopens the logs; an idle slot would only when it has work."""
+        """USR1: the attendant reopens the logs; an idle slot would only when it has work.
+
+        That has not heard if a loop of asyncio's handled signals here: those take the pipe away.
+        """
+        self._wake_attendant(sig)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """QUIT, INT: leave now."""
@@ -320,9 +324,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             if self._is_overdue():
                 self._give_up()
 
-    def _wake_attendant(self) -> None:
+    def _wake_attendant(self, sig: int = 0) -> None:
         with suppress(BlockingIOError):  # with so much to read it is about to wake up anyway
-            os.write(self.PIPE[1], b"\0")
+            os.write(self.PIPE[1], bytes((sig,)))
 
     def _read_signals(self) -> None:
         """The numbers of the signals that came. With t = 1 the main thread may see them late."""

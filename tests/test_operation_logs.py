@@ -358,3 +358,34 @@ def test_a_process_that_cannot_reopen_its_logs_finishes_and_is_replaced(start, s
     assert running.result().status == 200
     (after,) = wait_for(lambda: set(server.workers) - {before}, "its successor")
     assert files_of(after) == {"error"}
+
+
+LOOP = """
+import asyncio, signal
+from served_app import HANDLERS, application, hello
+
+async def work():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, print)
+
+def loop(environ, start_response, rest):
+    asyncio.run(work())
+    return hello(environ, start_response, rest)
+
+HANDLERS["loop"] = loop
+"""
+
+
+def test_usr1_reopens_the_logs_of_a_process_whose_app_had_a_loop_that_handled_signals(start):
+    """At its end it has Python write no signals to our pipe any more; our handler does, with t = 1
+    when the slot has work."""
+    server = start(
+        "--error-logfile", "error", app="loop:application", files={"loop.py": LOOP},
+        bind=("unix:here",), listening_in="error",
+        config={"processes_per_replica": 1, "threads_per_process": 1},
+    )  # fmt: skip
+    (worker,) = server.workers
+    assert server.get("/loop").status == 200
+    (server.folder / "error").rename(server.folder / "error.1")
+    server.tell(signal.SIGUSR1, worker)
+    assert server.get("/hello").status == 200
+    wait_for(lambda: files_of(worker) == {"error"}, "reopened")
