@@ -525,3 +525,23 @@ def test_two_thousand_clients_of_four_hundred_slots(start, stage, bound):
     assert statuses == Counter({200: 2000 - refused, 503: refused})
     for client in clients:
         client.close()
+
+
+PATCHING = "from gevent import monkey\nmonkey.patch_all()\nfrom served_app import application\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--preload",)], ids=["loaded", "preloaded"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_thread_mode_an_app_that_has_gevent_patch_python_is_served(
+    start, stage, threads, arguments
+):
+    """Greenlets in place of our threads would never run, and nothing would say so."""
+    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    files = {"patching.py": PATCHING}
+    server = start(*arguments, config=config, app="patching:application", files=files)
+    clients = hold(server, *"abc"[: threads + 1])
+    actors = stage.take(threads)
+    server.wait_numbers(running=threads, waiting=1)
+    finish(*actors)
+    stage.next().finish()
+    close(clients)
