@@ -279,10 +279,13 @@ class ProcessEnd:
         self.deck = deck
 
     def receive(self) -> tuple[bytes, list[int]]:
-        """Wait for the next message; `b""` at the end."""
+        """Wait for the next message; `b""` at the end.
+
+        Raises whatever else stops the wait, such as a TimeoutError of the app's, from a handler.
+        """
         try:
             return receive(self.sock)
-        except OSError:
+        except ConnectionError:
             return b"", []
 
     def is_dismissed(self) -> bool:

@@ -135,7 +135,7 @@ class GreenEnd(ProcessEnd):
             message = receive(self.sock, _NOW)
         except BlockingIOError:  # the attendant was faster
             return
-        except OSError:
+        except ConnectionError:
             message = END
         if message == END:
             self._ended = True
@@ -163,7 +163,10 @@ class GreenEnd(ProcessEnd):
         self.handing = False
 
     def give_back(self, in_hub: Callable[..., None]) -> None:
-        """Called by the attendant while the hub stalls: return jobs that no slot has taken."""
+        """Called by the attendant while the hub stalls: return jobs that no slot has taken.
+
+        One of which the kernel has no memory to say so waits for the hub, after all.
+        """
         with suppress(BlockingIOError):
             while True:
                 data, fds = receive(self.sock, _NOW)
@@ -173,9 +176,16 @@ class GreenEnd(ProcessEnd):
                     self._dismissed = True
                     in_hub(self._deliver, (data, fds))
                     return
-                close_all(fds)
                 report = Report(Kind.RETURNED, decode_job(data).request)
-                self.sock.send(report.encode(), socket.MSG_NOSIGNAL)
+                try:
+                    self.sock.send(report.encode(), socket.MSG_NOSIGNAL)
+                except ConnectionError:
+                    close_all(fds)
+                    raise
+                except OSError:
+                    in_hub(self._deliver, (data, fds))
+                    return
+                close_all(fds)
 
 
 class GreenClientSocket(ClientSocket):

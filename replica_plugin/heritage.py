@@ -2,7 +2,8 @@
 
 Their slots may be busy with requests that nobody has counted. Until such a process
 registers again, or dies, everything it has counts as busy, so that the cap holds. Death is
-a pidfd here, too; and since pids come back, only a living child of the master is believed.
+a pidfd here, too; and since pids come back, only a living child of the master is believed, and who
+is hidden from us.
 """
 
 from __future__ import annotations
@@ -63,12 +64,16 @@ def open_child(pid: int, parent: int) -> int | None:
         pidfd = os.pidfd_open(pid)
     except OSError:
         return None
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            fields = file.read().rpartition(b")")[2].split()
-    except OSError:
-        fields = [b"X", b"0"]
-    if int(fields[1]) == parent and fields[0] not in b"XZ":
+    if _parent(pid) in (parent, None) and not is_dead(pidfd):
         return pidfd
     os.close(pidfd)
     return None
+
+
+def _parent(pid: int) -> int | None:
+    """None if that is hidden from us (hidepid, for those who have given up root's privileges)."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            return int(file.read().rpartition(b")")[2].split()[1])
+    except OSError:
+        return None

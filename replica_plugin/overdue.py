@@ -245,7 +245,7 @@ class ThreadInterrupter:
         _set_exception(ctypes.c_ulong(run.where), ctypes.py_object(OverdueError))
 
     def take_back(self, run: Run) -> None:
-        _set_exception(ctypes.c_ulong(threading.get_ident()), None)
+        _set_exception(ctypes.c_ulong(run.where), None)
 
 
 class MainInterrupter:

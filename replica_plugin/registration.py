@@ -58,6 +58,7 @@ class Registration:
         self._dispatcher = -1  # its pidfd
         self._channel: socket.socket | None = None
         self._deck: socket.socket | None = None
+        self._inodes: list[int] = []
         self._was_registered = False
 
     def watch(self, fd: int) -> None:
@@ -74,6 +75,7 @@ class Registration:
             self._on_reply(self._offered)
         if self._dispatcher in ready:
             self._on_death()
+        self._check_ends()
 
     def _offer_if_needed(self) -> None:
         if self._dispatcher >= 0:
@@ -123,7 +125,17 @@ class Registration:
         self._poll.register(fds[0], select.POLLIN)
         self._deck = Socket(fileno=fds[1])
         self._deck.setblocking(True)  # whatever setdefaulttimeout says: a look there never waits
+        self._inodes = self._look_up_ends()
         self._found(channel, self._deck)
+
+    def _check_ends(self) -> None:
+        """Raises OSError if the app has closed one of them; its number may be another's by now."""
+        if self._dispatcher >= 0 and self._look_up_ends() != self._inodes:
+            raise OSError("The app has closed a descriptor of this process's channel")
+
+    def _look_up_ends(self) -> list[int]:
+        ends = (self._channel, self._deck)
+        return [os.fstat(end.fileno()).st_ino for end in ends if end is not None]
 
     def _on_death(self) -> None:
         self._poll.unregister(self._dispatcher)

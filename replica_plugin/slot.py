@@ -177,7 +177,7 @@ class Slot:
         """Tell the dispatcher; False if it is dead."""
         try:
             channel.tell(message)
-        except OSError:
+        except ConnectionError:  # what else stops it, ends the slot's work
             self._worker.lost(channel)
             return False
         return True

@@ -9,11 +9,13 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any
 
 from .channel import ProcessEnd
 from .overdue import Interrupter, MainInterrupter, ThreadInterrupter
 from .slot import Slot
+from .unpatched import start_thread
 from .worker import TURN, ReplicaWorker
 
 
@@ -33,13 +35,11 @@ class ThreadWorker(ReplicaWorker):
 
     def _serve(self, slots: list[Slot]) -> None:
         if len(slots) == 1:
-            attend = self._attend_beside
-            threading.Thread(target=attend, name="replica-attendant", daemon=True).start()
+            start_thread(self._attend_beside, "replica-attendant")
             self._run_slot(slots[0])
             return
         for index, slot in enumerate(slots):
-            name = f"replica-slot-{index}"
-            threading.Thread(target=self._run_slot, args=(slot,), name=name, daemon=True).start()
+            start_thread(partial(self._run_slot, slot), f"replica-slot-{index}")
         self._attend()
 
     def _part_from_parent(self) -> None:

@@ -12,7 +12,9 @@ import _thread
 import select
 import socket
 import sys
+import threading
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -32,6 +34,16 @@ else:
     poll = _original(select, "poll")
     sleep = _original(time, "sleep")
     start_new_thread = _original(_thread, "start_new_thread")
+
+
+def start_thread(run: Callable[[], None], name: str) -> None:
+    """A daemon, and a thread of the system's, also in an app that has gevent make greenlets of
+    those that Python starts: they would wait for the main thread, which waits for what we do."""
+    monkey = sys.modules.get("gevent.monkey")  # it has come after us, perhaps
+    if monkey and monkey.is_module_patched("threading"):
+        start_new_thread(run, ())
+    else:
+        threading.Thread(target=run, name=name, daemon=True).start()
 
 
 def socketpair(kind: int) -> tuple[Socket, Socket]:

@@ -48,6 +48,12 @@ LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while t
 _NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
+def _hear_alone() -> None:
+    """A child that the app forks: its parent, whose attendant reads the pipe, would take for its
+    own what the child is told."""
+    signal.set_wakeup_fd(-1)
+
+
 def _leave_at_once(number: int, frame: Any) -> None:
     os._exit(0)
 
@@ -110,6 +116,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """gunicorn's handlers, and at once ours, before one that heeds nothing yet is called."""
         signal.pthread_sigmask(signal.SIG_BLOCK, hook.ENDINGS)
         super().init_signals()
+        os.register_at_fork(after_in_child=_hear_alone)
         self.leave_at_once_when_told()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.ENDINGS)
 
@@ -174,11 +181,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """A child that the app forks, in which gevent's hub turns on, takes no requests of ours.
 
         There may be no descriptor left for that; so `_nowhere` was made before. Nor does it answer
-        any. It ends when told to, which our handlers would ignore, and its parent, whose attendant
-        reads the same pipe, take for its own.
+        any. It ends when told to, which our handlers would ignore.
         """
         try:
-            signal.set_wakeup_fd(-1)
             for number in hook.ENDINGS:
                 if signal.getsignal(number) in (self.handle_exit, self.handle_quit):
                     signal.signal(number, signal.SIG_DFL)
@@ -280,7 +285,11 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.alive = False
 
     def handle_usr1(self, sig: int, frame: Any) -> None:
-        """USR1: the attendant reopens the logs; an idle slot would only when it has work."""
+        """USR1: the attendant reopens the logs; an idle slot would only when it has work.
+
+        That has not heard if a loop of asyncio's handled signals here: those take the pipe away.
+        """
+        self._wake_attendant(sig)
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """QUIT, INT: leave now."""
@@ -319,9 +328,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             if self._is_overdue():
                 self._give_up()
 
-    def _wake_attendant(self) -> None:
+    def _wake_attendant(self, sig: int = 0) -> None:
         with suppress(BlockingIOError):  # with so much to read it is about to wake up anyway
-            os.write(self.PIPE[1], b"\0")
+            os.write(self.PIPE[1], bytes((sig,)))
 
     def _read_signals(self) -> None:
         """The numbers of the signals that came. With t = 1 the main thread may see them late."""
@@ -339,7 +348,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """If we may not, a successor may, who gets them from the master."""
         try:
             self.log.reopen_files()
-        except OSError as error:
+        except Exception as error:  # a stdout of the app's, say, that is no file
             print(f"Leaving, since the logs cannot be opened: {error}", file=sys.stderr, flush=True)
             self.alive = False
 

@@ -382,6 +382,33 @@ def test_a_child_that_the_app_has_forked_ends_when_told_to_and_its_parent_serves
     assert server.workers == before
 
 
+EARLY_CHILD = """
+import os, signal, time
+from served_app import HANDLERS, application, as_json
+
+child = os.fork()
+if not child:
+    signal.signal(signal.SIGTERM, lambda *arguments: os._exit(0))
+    while True:
+        time.sleep(1)
+
+HANDLERS["child"] = lambda environ, start_response, rest: as_json(start_response, child)
+"""
+
+
+def test_a_child_that_the_app_has_forked_as_it_was_loaded_ends_and_its_parent_serves_on(
+    start, stage
+):
+    """It has a handler of its own, and Python writes numbers of signals to its parent's pipe."""
+    server = start(config=ONE, app="early:application", files={"early.py": EARLY_CHILD})
+    before = server.workers
+    child = server.get("/child").json
+    server.tell(signal.SIGTERM, child)
+    wait_for(lambda: child not in server.children(before[0]), "the child's end")
+    holds_all_slots(server, stage, 0, 1)
+    assert server.workers == before
+
+
 COMES_BACK = """
 import os
 
@@ -437,12 +464,76 @@ def test_a_process_that_has_lost_a_slot_to_a_late_exception_of_the_apps_is_repla
     holds_all_slots(server, stage, 0, 2)
 
 
+ALARM = """
+import signal
+from served_app import HANDLERS, application, hello
+
+def raises(number, frame):
+    raise TimeoutError
+
+def alarm(environ, start_response, rest):
+    signal.signal(signal.SIGALRM, raises)
+    return hello(environ, start_response, rest)
+
+HANDLERS["alarm"] = alarm
+"""
+
+
+def test_a_handler_of_the_apps_that_raises_timeout_error_while_a_slot_waits_deafens_no_process(
+    start, stage
+):
+    """A request has left its alarm behind. What that raises is an OSError, as the kernel's are."""
+    server = start(config=ONE, app="alarm:application", files={"alarm.py": ALARM})
+    (before,) = server.workers
+    assert server.get("/alarm").status == 200
+    server.wait_numbers(running=0)
+    server.tell(signal.SIGALRM, before)
+    wait_for(lambda: before not in server.workers, "its end")
+    holds_all_slots(server, stage, 0, 1)
+
+
+ENDS = """
+import gc, os
+from served_app import HANDLERS, application, hello
+from replica_plugin.worker import ReplicaWorker
+
+def number(name):
+    workers = (each for each in gc.get_objects() if isinstance(each, ReplicaWorker))
+    return getattr(next(filter(None, (each._channel for each in workers))), name).fileno()
+
+def close(environ, start_response, name):
+    os.close(number(name))
+    return hello(environ, start_response, name)
+
+def replace(environ, start_response, name):
+    os.dup2(0, number(name))
+    return hello(environ, start_response, name)
+
+HANDLERS.update({"close-end": close, "replace-end": replace})
+"""
+
+
+@pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
+@pytest.mark.parametrize("path", ["/close-end/sock", "/replace-end/deck"])
+def test_a_process_that_has_lost_an_end_of_ours_to_the_app_ends_and_is_replaced(
+    start, stage, config, path
+):
+    """The app closes a number of its own twice. Meanwhile it was given to us; and is, to others."""
+    server = start("--timeout", "0", config=config, app="ends:application", files={"ends.py": ENDS})
+    loses_one_process(server, stage, config, path)
+
+
 @pytest.mark.parametrize("config", [ONE, TWO], ids=["1x1", "2x2"])
 def test_a_process_whose_descriptors_the_app_has_closed_ends_and_is_replaced(start, stage, config):
     server = start("--timeout", "0", config=config)
+    loses_one_process(server, stage, config, "/close-all")
+
+
+def loses_one_process(server: Server, stage: Stage, config: dict[str, int], path: str) -> None:
+    """It is replaced, and nothing has been lost."""
     before = set(server.workers)
     with server.connect() as client:
-        client.ask("/close-all")
+        client.ask(path)
         wait_for(lambda: before - set(server.workers), "one has ended")
     wait_for(lambda: len(server.workers) == len(before), "a successor")
     slots = config["processes_per_replica"] * config["threads_per_process"]

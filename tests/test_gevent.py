@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import math
 import os
 import re
 import signal
+import socket
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +18,8 @@ from stage import Actor, Stage
 from wire import Wire, request
 
 from replica_plugin import early
+from replica_plugin.channel import Job, close_all, decode_job, pair, send_job
+from replica_plugin.green import GreenEnd
 
 GEVENT = {"mode": "gevent", "processes_per_replica": 2, "threads_per_process": 2}
 ONE = {**GEVENT, "processes_per_replica": 1}
@@ -414,6 +419,33 @@ def test_a_slow_request_is_not_stuck_however_old_it_is(start, stage):
     close(clients)
 
 
+def test_a_job_that_cannot_be_given_back_for_want_of_memory_waits_for_the_hub(monkeypatch):
+    ours, theirs = pair()
+    with ours, theirs, socket.socket() as client:
+        sent = Job(7, 1, "", "", b"", b"", False, 0.0, math.inf)
+        send_job(theirs, sent, client.fileno())
+        end = GreenEnd(ours, ours)
+        errands = []
+        monkeypatch.setattr(end, "sock", WithoutMemory(ours))
+        end.give_back(lambda *errand: errands.append(errand))
+        ((deliver, message),) = errands
+        deliver(message)
+        data, fds = end.receive()
+        assert decode_job(data) == sent
+        close_all(fds)
+        end._watcher.close()
+
+
+class WithoutMemory:
+    """A socket that has room for what comes, and none for what is said."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.recvmsg = sock.recvmsg
+
+    def send(self, data: bytes, flags: int) -> int:
+        raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+
 # Signals and settings.
 
 
@@ -527,3 +559,23 @@ def test_two_thousand_clients_of_four_hundred_slots(start, stage, bound):
     assert statuses == Counter({200: 2000 - refused, 503: refused})
     for client in clients:
         client.close()
+
+
+PATCHING = "from gevent import monkey\nmonkey.patch_all()\nfrom served_app import application\n"
+
+
+@pytest.mark.parametrize("arguments", [(), ("--preload",)], ids=["loaded", "preloaded"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_thread_mode_an_app_that_has_gevent_patch_python_is_served(
+    start, stage, threads, arguments
+):
+    """Greenlets in place of our threads would never run, and nothing would say so."""
+    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    files = {"patching.py": PATCHING}
+    server = start(*arguments, config=config, app="patching:application", files=files)
+    clients = hold(server, *"abc"[: threads + 1])
+    actors = stage.take(threads)
+    server.wait_numbers(running=threads, waiting=1)
+    finish(*actors)
+    stage.next().finish()
+    close(clients)

@@ -7,10 +7,12 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
-from replica_plugin.heritage import is_dead
+from replica_plugin import heritage
+from replica_plugin.heritage import is_dead, open_child
 
 HIGH = 1100  # which select.select takes for none
 
@@ -25,3 +27,38 @@ def test_a_death_is_seen_by_a_master_with_many_files_open():
     assert is_dead(pidfd, 10)
     os.close(low)
     os.close(pidfd)
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    waits = [sys.executable, "-c", "import sys; sys.stdin.read()"]
+    with subprocess.Popen(waits, stdin=subprocess.PIPE) as process:
+        yield process
+
+
+def opens(pid: int, parent: int) -> bool:
+    pidfd = open_child(pid, parent)
+    if pidfd is not None:
+        os.close(pidfd)
+    return pidfd is not None
+
+
+def test_only_a_living_child_of_the_parent_is_believed(child):
+    assert opens(child.pid, os.getpid())
+    assert not opens(child.pid, os.getppid())
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not opens(child.pid, os.getpid())
+
+
+def test_a_process_that_proc_hides_is_believed_while_it_lives(child, monkeypatch):
+    """As with hidepid=2, for one that has another user, or has given up root's privileges."""
+
+    def hides(path: str, mode: str) -> None:
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(heritage, "open", hides, raising=False)
+    assert opens(child.pid, os.getppid())
+    child.stdin.close()
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+    assert not opens(child.pid, os.getppid())

@@ -321,3 +321,71 @@ def test_usr1_and_hup_reopen_the_logs_of_all_processes_after_they_were_moved_awa
     server.tell(signal.SIGKILL, server.dispatcher)
     error = server.folder / "error"
     wait_for(lambda: lines(error, "died (-9): restarting it"), "the supervisor's line")
+
+
+TEE = """
+import sys
+from served_app import application
+
+class Tee:
+    def __init__(self, stream):
+        self.stream = stream
+    def write(self, text):
+        return self.stream.write(text)
+    def flush(self):
+        self.stream.flush()
+
+sys.stdout = Tee(sys.stdout)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_process_that_cannot_reopen_its_logs_finishes_and_is_replaced(start, stage, threads):
+    """gunicorn captures output by descriptor, and the app has put a stream without in its place."""
+    server = start(
+        "--capture-output", "--error-logfile", "error", app="tee:application",
+        files={"tee.py": TEE}, bind=("unix:here",), listening_in="error",
+        config={"processes_per_replica": 1, "threads_per_process": threads},
+    )  # fmt: skip
+    (before,) = server.workers
+    running = server.later("/hold/x")
+    actor = stage.next()
+    old = server.folder / "error.1"
+    (server.folder / "error").rename(old)
+    server.tell(signal.SIGUSR1)
+    wait_for(lambda: lines(old, "Leaving, since the logs cannot be opened: "), "it gives up")
+    actor.finish()
+    assert running.result().status == 200
+    (after,) = wait_for(lambda: set(server.workers) - {before}, "its successor")
+    assert files_of(after) == {"error"}
+
+
+LOOP = """
+import asyncio, signal
+from served_app import HANDLERS, application, hello
+
+async def work():
+    asyncio.get_running_loop().add_signal_handler(signal.SIGUSR2, print)
+
+def loop(environ, start_response, rest):
+    asyncio.run(work())
+    return hello(environ, start_response, rest)
+
+HANDLERS["loop"] = loop
+"""
+
+
+def test_usr1_reopens_the_logs_of_a_process_whose_app_had_a_loop_that_handled_signals(start):
+    """At its end it has Python write no signals to our pipe any more; our handler does, with t = 1
+    when the slot has work."""
+    server = start(
+        "--error-logfile", "error", app="loop:application", files={"loop.py": LOOP},
+        bind=("unix:here",), listening_in="error",
+        config={"processes_per_replica": 1, "threads_per_process": 1},
+    )  # fmt: skip
+    (worker,) = server.workers
+    assert server.get("/loop").status == 200
+    (server.folder / "error").rename(server.folder / "error.1")
+    server.tell(signal.SIGUSR1, worker)
+    assert server.get("/hello").status == 200
+    wait_for(lambda: files_of(worker) == {"error"}, "reopened")
