@@ -86,7 +86,6 @@ class Arrivals:
         """
         if conn.local:
             return
-        self.forget(conn)  # a head was awaited, perhaps
         size = self._enough(head) - len(conn.ahead)
         if self._marks + _cost(size) > ALL_MARKS:
             size = min(size, FREE_MARK)

@@ -114,7 +114,7 @@ class Arriving:
         if conn.head is not None and conn.timer is not self._bodies:
             conn.head = conn.head.shortened()
             conn.progress_at = now
-            self._glances.stop(conn)  # it was due for the head; one that follows is for the mark
+            self.forget(conn)  # what was due for its head; what follows is for the mark
             self._host.time(conn, self._bodies, now)
             self._arrivals.expect_body(conn, conn.head)
         elif conn.head is not None:

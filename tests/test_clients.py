@@ -213,6 +213,21 @@ def test_a_chunked_body_for_which_no_room_is_left_is_read_by_the_slot(idle_over_
     wait_for(is_ready, "a slot to be asked for", timeout=5)
 
 
+def test_silence_within_a_head_is_not_held_against_its_body(idle_over_tcp, monkeypatch):
+    """Before Linux 6.2 nobody can tell whether a silent client is stuck."""
+    idle = idle_over_tcp
+    monkeypatch.setattr(Connection, "is_stuck", lambda conn: True)
+    came = 0
+    for now, part in ((0.0, CHUNKED[:8]), (0.03, CHUNKED[8:] + b"fff\r\nhalf")):
+        idle.client.sendall(part)
+        came += len(part)
+        wait_for(lambda came=came: idle.conn.unread() == came, "the part")
+        idle.turn(now)
+    for step in range(1, 10):
+        idle.turn(step / 10)
+    assert idle.judge.ready == []
+
+
 class Endless:
     """Listeners of which each look says that there may be more."""
 
