@@ -104,7 +104,7 @@ class Loading:
             load()
         except BaseException:  # an app may raise SystemExit, too
             if not self._process.alive:  # a signal has told us to leave
-                raise
+                _end(0)
             self._process.log.exception("The app cannot be loaded")
             self._load_page.note_failure()
             return False

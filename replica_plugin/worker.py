@@ -132,10 +132,21 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         master = self._master
         loading = Loading(self, master.load_page, master.page, master.replica_page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
-        loading.run(super().load_wsgi, staggered)
+        loading.run(self._load_and_warm_up, staggered)
         master.load_page.close()
-        self._heed_signals()
         self.notify()
+
+    def _load_and_warm_up(self) -> None:
+        """The app, and the hook that gunicorn would call next: there an error ends gunicorn."""
+        super().load_wsgi()
+        self._heed_signals()  # which the hook may have its own handlers call
+        warm_up = self.cfg.post_worker_init
+        self.cfg.set("post_worker_init", lambda worker: None)
+        try:
+            warm_up(self)
+        except BaseException:
+            self.leave_at_once_when_told()
+            raise
 
     def _heed_signals(self) -> None:
         """Again as gunicorn's `init_signals` has it, but for those that the app has taken."""

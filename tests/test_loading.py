@@ -167,6 +167,56 @@ def test_a_second_process_that_cannot_load_does_not_keep_gunicorn_from_its_end(s
     assert "HaltServer" not in ended.output
 
 
+WARM_UP = (
+    IMPORT
+    + """
+import os
+
+def post_worker_init(worker):
+    print("warms up", flush=True)
+    if os.path.exists("told"):
+        worker.handle_exit(15, None)
+    if os.path.exists("broken"):
+        raise ConnectionError("no database")
+"""
+)
+
+
+@IN_BOTH_MODES
+def test_a_process_whose_post_worker_init_raises_is_one_that_cannot_load_the_app(start):
+    server = start(base=(), files={"gunicorn.conf.py": WARM_UP}, config=TWO)
+    old = server.workers
+    (server.folder / "broken").touch()
+    server.tell(signal.SIGHUP)
+    server.wait_log("ConnectionError: no database", 2)
+    wait_for(lambda: server.workers == old, "the end of those that failed")
+    assert server.get("/hello").status == 200
+    (server.folder / "broken").unlink()
+    server.tell(signal.SIGHUP)
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+    server.wait_numbers(processes=2, slots=4)
+    assert server.log.count("warms up") == 6
+
+
+def test_a_post_worker_init_that_raises_in_a_process_told_to_leave_ends_nobody_else(start):
+    server = start(base=(), files={"gunicorn.conf.py": WARM_UP}, config=TWO)
+    for name in ("broken", "told"):
+        (server.folder / name).touch()
+    server.tell(signal.SIGKILL, server.workers[0])
+    server.wait_log("warms up", 4)
+    for name in ("broken", "told"):
+        (server.folder / name).unlink()
+    server.wait_numbers(processes=2, slots=4)
+    assert server.get("/hello").status == 200
+
+
+@IN_BOTH_MODES
+def test_a_post_worker_init_that_raises_at_the_start_ends_gunicorn(start, mode):
+    text = IMPORT + "def post_worker_init(worker):\n    1 / 0\n"
+    files = {"gunicorn.conf.py": text, "replica.yaml": f"mode: {mode}\n"}
+    assert start.to_its_end(base=(), files=files).code == 3
+
+
 def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(
     caplog, monkeypatch
 ):
