@@ -12,8 +12,8 @@ A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd and an end of
                             its deck), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, DONE, LEAVING, OVERDUE, UNFINISHED; in gevent mode TURNING,
-                            STALLED, RETURNED
+    process -> dispatcher   FREE, REST, DONE, LEAVING, OVERDUE, UNFINISHED; in gevent mode
+                            TURNING, STALLED, RETURNED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
 cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from .rest import Rest
 from .unpatched import socketpair
 
-VERSION = 2
+VERSION = 3
 PAUSE = 0.01  # seconds until the next attempt while the kernel has no memory for a message
 LARGEST = 1 << 16
 """Bytes of the largest message. Half of it is for `ahead` and `carry`, so that each job fits: a
@@ -84,6 +84,7 @@ class Kind:
     RETURNED = 5  # a job that no slot has taken, since the hub does not turn
     OVERDUE = 6  # a request has reached request_timeout, and was answered so
     UNFINISHED = 7  # it has, and its response had begun
+    REST = 8  # a connection, and what its client has not taken yet; DONE is still to come
 
 
 class Job(NamedTuple):
@@ -112,8 +113,9 @@ class Job(NamedTuple):
 class Report(NamedTuple):
     """What a process says.
 
-    For DONE all of it matters; RETURNED has the `request`, STALLED that and, as `carry`, a Stall,
-    OVERDUE and UNFINISHED a stack.
+    DONE has all of it but the `rest`, which REST has, and not `took`; behind a REST only the slot
+    comes back with DONE. RETURNED has the `request`, STALLED that and, as `carry`, a Stall, OVERDUE
+    and UNFINISHED a stack.
 
     `rest` is what the client has not taken yet; its descriptor travels beside the message. `took`
     is the request that the slot has taken off the deck, and begins; 0 if it waits to be sent one.
@@ -143,16 +145,16 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
         if len(data) < _REPORT.size:
             raise ValueError("too short for a report")
         kind, end, request, ahead, took = _REPORT.unpack_from(data)
-        if fds and (len(fds) > 1 or kind != Kind.DONE or not end & _RESTS):
+        if fds and (len(fds) > 1 or kind != Kind.REST or not end & _RESTS):
             raise ValueError("a descriptor too many")
         if end & _RESTS:
             end = end ^ _RESTS if fds else End.ABORT
         split = _REPORT.size + ahead
-        if kind > Kind.UNFINISHED or end > End.UNTAKEN or split > len(data):
+        if kind > Kind.REST or end > End.UNTAKEN or split > len(data):
             raise ValueError("unknown, or cut short")
         if took and kind != Kind.DONE:
             raise ValueError("a slot takes a request when it ends one")
-        if len(data) > _LONGEST and kind == Kind.DONE:
+        if len(data) > _LONGEST and kind in (Kind.DONE, Kind.REST):
             raise ValueError("more than fits into the next job")
         rest = Rest(fds.pop()) if fds else None
     finally:
@@ -308,6 +310,16 @@ class ProcessEnd:
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
                     raise
                 self._wait(error.errno == errno.EAGAIN)
+
+    def leave(self, report: Report, rest: Rest) -> bool:
+        """Tell REST; False if there is nobody to take it."""
+        try:
+            self.tell(report.encode(), rest.fd)
+        except OSError:
+            return False
+        finally:
+            rest.close()
+        return True
 
     def _wait(self, for_room: bool) -> None:
         """The kernel has waited for room itself."""

@@ -9,8 +9,8 @@ response begins, and what went wrong with the client is told apart from what wen
 The head of a response, which gunicorn writes by itself, is held until there is a part of the
 body to go with it, or `flush`: one write a response, not two, and one wake-up of the client.
 
-Once the response is complete (`finish`), what the client does not take at once becomes `rest`,
-which is for the dispatcher to send, as far as there is `room` for it; before that, WSGI wants
+Once the response is complete (`finish`), what the client does not take at once is `left`, as far as
+there is `room` for it: the `rest`, which is for the dispatcher to send; before that, WSGI wants
 each part of the body out of the app's hands before the app is asked for the next.
 """
 
@@ -61,8 +61,8 @@ class ClientSocket(Socket):
     """
 
     __slots__ = (
-        "_claim", "_complete", "_finishing", "_hasty", "_head", "_left", "_left_size", "_room",
-        "answering", "trouble", "written",
+        "_claim", "_complete", "_finishing", "_hasty", "_head", "_left_size", "_room",
+        "answering", "left", "trouble", "written",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +80,7 @@ class ClientSocket(Socket):
         self.trouble: OSError | None = None
         self.answering = False
         self._finishing = False
-        self._left: deque[memoryview] = deque()
+        self.left: deque[memoryview] = deque()
         self._left_size = 0
         self._room = room
         self._hasty = False
@@ -146,7 +146,7 @@ class ClientSocket(Socket):
     def discard(self) -> None:
         """Take back what is held, and what is left."""
         self._head, self.answering = b"", False
-        self._left.clear()
+        self.left.clear()
         self._left_size = 0
 
     def flush(self) -> None:
@@ -191,13 +191,10 @@ class ClientSocket(Socket):
         return sent
 
     def rest(self) -> Rest | None:
-        """What is left, for the dispatcher. Raises OSError if it had to be sent after all."""
-        if not self._left:
-            return None
+        """What is left, for the dispatcher; None when memory or descriptors are short."""
         try:
-            return Rest.of(*self._left)
-        except OSError:  # memory or descriptors are short
-            self.send_left()
+            return Rest.of(*self.left)
+        except OSError:
             return None
 
     def send_left(self) -> None:
@@ -232,26 +229,26 @@ class ClientSocket(Socket):
     def _send_or_leave(self, data: bytes) -> None:
         """Send what the client takes at once, and as much more as there is no room for."""
         sent = 0
-        if not self._left:
+        if not self.left:
             with suppress(BlockingIOError):
                 sent = super().send(data, _NOW)
         if sent < len(data):
-            self._left.append(memoryview(data)[sent:])
+            self.left.append(memoryview(data)[sent:])
             self._left_size += len(data) - sent
             self._send_first(self._left_size - self._room())
 
     def _send_first(self, count: int) -> None:
         """Send so many bytes of what is left, however long the client takes."""
         while count > 0:
-            part = self._left[0]
+            part = self.left[0]
             now = part[:count]
             self._send_all(now)
             count -= len(now)
             self._left_size -= len(now)
             if len(now) == len(part):
-                self._left.popleft()
+                self.left.popleft()
             else:
-                self._left[0] = part[len(now) :]
+                self.left[0] = part[len(now) :]
 
     def _send_all(self, data: Any, flags: int = 0) -> None:
         """Send everything, while the client takes something every send_timeout."""

@@ -167,7 +167,7 @@ class Clients:
         self.watch(conn)
 
     def give_back(self, conn: Connection, report: Report, now: float) -> None:
-        """A slot has reported the request done."""
+        """A slot has reported the request done, or its response complete."""
         if report.rest is None:
             self._after(conn, report, now)
         else:

@@ -37,7 +37,7 @@ class State:
     ARRIVING = "arriving"  # nothing, or a part, of the next request has come
     WAITING = "waiting"  # its request is ready, and in the queue
     RUNNING = "running"  # its request was sent to a process
-    SENDING = "sending"  # its slot is free, and has left us what the client has not taken yet
+    SENDING = "sending"  # its slot has left us what the client has not taken yet
     LINGERING = "lingering"  # answered and half-closed; what still comes is thrown away
     CLOSED = "closed"
 

@@ -261,6 +261,8 @@ class Dispatcher:
                 listeners.accept_if(True)
         elif report.kind == Kind.DONE:
             self._on_done(link, report, now)
+        elif report.kind == Kind.REST:
+            self._on_rest(link, report, now)
         elif report.kind == Kind.LEAVING:
             self.perform(self._decisions.leaving(link.age), now)
         elif report.kind == Kind.RETURNED:
@@ -282,10 +284,16 @@ class Dispatcher:
             self.perform(actions, now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
+
+    def _on_rest(self, link: Link, report: Report, now: float) -> None:
+        """A response is complete, and what its slot still does is not its client's concern."""
+        runs = self._decisions.runs(link.age, report.request)
+        conn = self.requests.pop(report.request, None) if runs else None
+        if conn is not None:
+            self._clients.give_back(conn, report, now)
         elif report.rest is not None:  # of another's request, or one that we have answered
             report.rest.close()
-        if report.rest is not None:  # how much room there is for others, slots read on the page
-            self._frame.replica_page.write(self._numbers(now))
+        self._frame.replica_page.write(self._numbers(now))  # where slots see how much room is left
 
     def _on_took(self, link: Link, request: int, known: bool) -> None:
         """With its report a slot has said what it has taken off the deck."""

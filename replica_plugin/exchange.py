@@ -2,6 +2,9 @@
 
     read (gunicorn's parser) -> call the app -> write, close the body -> how it ended
 
+What the client has not taken when the response is complete goes to the dispatcher at once, with the
+connection: what the app does after its last part, and when its body is closed, does not delay it.
+
 It is gunicorn's own worker loop for one request: the same parser, environ, response, hooks
 and access log, and the same answers to what goes wrong. What it adds is the way it ends: a
 report says how the connection goes on.
@@ -46,6 +49,12 @@ class Worker(Protocol):
 class Exchange:
     """One request and its response."""
 
+    _took: timedelta | None = None  # until the body was sent
+    _whole = False  # the response is complete; what is left of it goes out in any case
+    _given = False  # the connection is the dispatcher's again
+    _body: Any = None
+    _parts: Any = ()
+
     def __init__(self, worker: Worker, job: Job, sock: ClientSocket, run: Run) -> None:
         self._worker = worker
         self._cfg = worker.cfg
@@ -60,24 +69,29 @@ class Exchange:
         self._request: Any = None
         self._body: _Body | None = None  # unless the request has none
         self._carry = job.carry
-        self._took: timedelta | None = None  # until the body was sent
-        self._whole = False  # the response is complete; what is left of it goes out in any case
         if job.ahead:
             self._parser.unreader.unread(job.ahead)
 
     def run(self) -> Report:
         """Serve it. Everything that can go wrong is dealt with here, and says how it ended."""
+        end = self._work()
+        if self._sock.left and end != End.ABORT:
+            end = self._end_with_rest(end)
+        return self._report(end)
+
+    def _work(self) -> int:
+        """How the connection goes on."""
         try:
             self._request = self._run.asked = next(self._parser)
             self._know_proxy()
             self._know_body()
             response = self._respond()
-            return self._report(self._end_of(response))
+            return self._end_of(response)
         except BaseException as error:  # CancelledError and the like are none of the slot's
             if self._has_left(error):
                 self._log.debug("Closing connection: the client left. %s", error)
-                return self._report(End.ABORT)
-            return self._report(self._on_error(error))
+                return End.ABORT
+            return End.ABORT if self._given else self._on_error(error)
 
     def _has_left(self, error: BaseException) -> bool:
         """Whether the parser found the stream at its end; an app may raise StopIteration, too."""
@@ -89,8 +103,7 @@ class Exchange:
         ahead = self._parser.unreader.buf.getvalue() if end == End.KEEP else b""
         if len(ahead) + len(self._carry) > LARGEST // 2:
             ahead, end = b"", End.LINGER
-        rest = None if end == End.ABORT else self._sock.rest()
-        return Report(Kind.DONE, self._job.request, end, ahead, self._carry, rest)
+        return Report(Kind.DONE, self._job.request, end, ahead, self._carry)
 
     def _know_proxy(self) -> None:
         """The PROXY line comes once a connection; later requests are from the same client."""
@@ -137,7 +150,11 @@ class Exchange:
     def _call_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
         """Only the app's own code is interrupted: an exception in a logger may leave it locked."""
         try:
-            self._run.window(partial(self._run_app, environ, response, began))
+            try:
+                self._run.window(partial(self._run_app, environ, response, began))
+            finally:
+                if self._whole and self._sock.left:
+                    self._go_on_without_client(response)
         finally:
             took = self._took
             if took is not None and not self._run.is_answered:  # else that answer is in the log
@@ -147,7 +164,7 @@ class Exchange:
 
     def _run_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
         sock = self._sock
-        body = self._worker.wsgi(environ, response.start_response)
+        body = self._body = self._worker.wsgi(environ, response.start_response)
         if type(body) in (list, tuple):
             sock.finish()
         try:
@@ -156,19 +173,41 @@ class Exchange:
                     sock.finish()  # else more may come, as of a pipe
                 response.write_file(body)
             else:
-                for part in body:
-                    if _completes(part, response):
+                self._parts = iter(body)
+                for part in self._parts:
+                    complete = _completes(part, response)
+                    if complete:
                         sock.finish()
                     response.write(part)
                     sock.flush()  # nothing, unless the part was empty
+                    if complete and sock.left:
+                        break
             sock.finish()
             response.close()
             sock.flush()
             self._whole = True
         finally:
             self._took = datetime.now() - began
-            if hasattr(body, "close"):
-                body.close()
+            if not (self._whole and sock.left):
+                self._close()
+
+    def _close(self) -> None:
+        if hasattr(self._body, "close"):
+            self._body.close()
+
+    def _go_on_without_client(self, response: Any) -> None:
+        """Leave the rest to the dispatcher, and then only let the app do what it still has to."""
+        try:
+            self._leave_rest(self._end_of(response))
+        finally:
+            self._run.window(self._end_app)
+
+    def _end_app(self) -> None:
+        try:
+            for _ in self._parts:
+                pass
+        finally:
+            self._close()
 
     def _after(self, environ: dict[str, Any], response: Any) -> None:
         try:
@@ -178,9 +217,32 @@ class Exchange:
 
     # The end.
 
+    def _leave_rest(self, end: int) -> None:
+        """Give the connection back, with what is left of the response; or send that, if nobody
+        takes it. Raises OSError.
+
+        The app has no descriptor then by which it could read the next request as this one's body.
+        """
+        rest = self._sock.rest()
+        report = self._report(end)._replace(kind=Kind.REST, rest=rest)
+        self._given = rest is not None and self._run.channel.leave(report, rest)
+        if self._given:
+            self._sock.discard()
+            self._sock.close()
+            self._sock.trouble = None  # what comes now is the app's
+        else:
+            self._sock.send_left()
+
+    def _end_with_rest(self, end: int) -> int:
+        try:
+            self._leave_rest(end)
+        except BaseException:  # a timeout that the request has left behind, say
+            return End.ABORT
+        return End.ABORT if self._given else end
+
     def _end_of(self, response: Any) -> int:
         """How the connection goes on after a whole response."""
-        if self._sock.trouble is not None:
+        if self._given or self._sock.trouble is not None:
             return End.ABORT
         drained = self._drained()
         if not response.should_close():

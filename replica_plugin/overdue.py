@@ -10,7 +10,7 @@
    slot's fails before it has sent anything. Is it the slot, the response goes on until the
    interrupt ends it, and the client sees it cut short. Before it reports, a slot asks for the
    claim, too (`end`), and waits if the attendant is at 2 or 3, which need its socket and cell.
-2. At most one exception is raised for a request, and only in its window: while the app's code
+2. At most one exception is raised for a request, and only in its windows: while the app's code
    works on it. None is left for the request that the slot takes next.
 3. The attendant waits for nobody here: no lock of the app's, of a log or of a slot.
 
@@ -94,7 +94,7 @@ class Run:
     tale = ""
 
     def __init__(
-        self, job: Job, channel: object, permit: Callable[[], bool], interrupter: Interrupter
+        self, job: Job, channel: Any, permit: Callable[[], bool], interrupter: Interrupter
     ) -> None:
         self.request = job.request
         self.overdue_at = job.overdue_at

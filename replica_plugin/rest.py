@@ -1,6 +1,6 @@
 """What a client has not taken yet of a response that is complete: on its way out of a slot.
 
-    slot: writes what the client takes; leaves the rest in a memfd; reports, and is free
+    slot: writes what the client takes; leaves the rest in a memfd, and says so; closes the body
     dispatcher: sends the rest as the client takes it, with a deadline for each pause
 
 1. The memfd is sealed before it travels, and the seals are looked at when it comes: so it is

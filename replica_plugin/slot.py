@@ -40,7 +40,6 @@ from .client_socket import ClientSocket
 from .deck import Taken, take
 from .exchange import Exchange, Worker
 from .overdue import Watch
-from .rest import Rest
 
 
 class Process(Worker, Protocol):
@@ -138,10 +137,7 @@ class Slot:
 
     def _report(self, channel: ProcessEnd, job: Job, report: Report, sock: ClientSocket) -> None:
         """Give slot and connection back; to the next dispatcher, if ours has died."""
-        if report.rest is not None and not self._leave_rest(channel, report, report.rest):
-            report = _send_rest(report, sock)
-        told = report.rest is not None or self._report_and_take(channel, report)
-        if not told and report.end == End.KEEP:
+        if not self._report_and_take(channel, report) and report.end == End.KEEP:
             adopt = Adopt(job.number + 1, job.server, report.ahead, report.carry)
             self._worker.offer(adopt, sock)
         self._cells.end(self._index)
@@ -163,16 +159,6 @@ class Slot:
         self._next = taken
         return True
 
-    def _leave_rest(self, channel: ProcessEnd, report: Report, rest: Rest) -> bool:
-        """Report with the rest; False if that is not possible, and nothing was said."""
-        try:
-            channel.tell(report.encode(), rest.fd)
-        except OSError:
-            return False
-        finally:
-            rest.close()
-        return True
-
     def _say(self, channel: ProcessEnd, message: bytes) -> bool:
         """Tell the dispatcher; False if it is dead."""
         try:
@@ -181,15 +167,6 @@ class Slot:
             self._worker.lost(channel)
             return False
         return True
-
-
-def _send_rest(report: Report, sock: ClientSocket) -> Report:
-    """Nobody takes the rest: send it here, and report without it."""
-    try:
-        sock.send_left()
-    except BaseException:  # a timeout that the request has left behind, say
-        return report._replace(end=End.ABORT, rest=None)
-    return report._replace(rest=None)
 
 
 def _family(client: Address) -> int:

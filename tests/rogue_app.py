@@ -47,9 +47,10 @@ def listen(environ, start_response, how):
     """Make a listener of the client's connection, and say that it is answered; with a `rest`."""
     make_listener(environ["gunicorn.socket"].fileno())
     (request,) = worker()._cells.begun()
-    rest = Rest.of(b"left") if how == "rest" else None
-    report = Report(Kind.DONE, request, End.CLOSE, rest=rest)
-    worker()._channel.tell(report.encode(), *([rest.fd] if rest else []))
+    if how == "rest":
+        rest = Rest.of(b"left")
+        worker()._channel.leave(Report(Kind.REST, request, End.CLOSE, rest=rest), rest)
+    worker()._channel.tell(Report(Kind.DONE, request, End.CLOSE).encode())
     return served_app.hello(environ, start_response, how)
 
 

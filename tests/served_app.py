@@ -237,6 +237,18 @@ def close(environ, start_response, name):
     return Stream(environ, [b"body"], name)
 
 
+def after(environ, start_response, step):
+    """A complete response of 7 MiB, after which the app goes on, at its close or before."""
+    parts = [b"a" * (7 << 20)]
+    start_response("200 OK", [("Content-Length", str(7 << 20))])
+    return Stream(environ, parts, "x") if step == "closing" else going_on(environ, parts, "x")
+
+
+def going_on(environ, parts, name):
+    yield from parts
+    hold(environ, lambda *_: None, f"{name}-going-on")
+
+
 def file(environ, start_response, size):
     """A file of so many bytes, through wsgi.file_wrapper."""
     import tempfile
@@ -300,6 +312,7 @@ def empty(environ, start_response, rest):
 
 
 HANDLERS = {
+    "after": after,
     "begun": begun,
     "blocks": blocks,
     "burn": burn,

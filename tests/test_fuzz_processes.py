@@ -231,7 +231,7 @@ Message = Callable[[list[int]], bytes]
 def reports(draw: st.DrawFn) -> Message:
     """A message about some of the requests that are known."""
     request, took = draw(st.integers(0, CLIENTS)), draw(st.none() | st.integers(0, CLIENTS))
-    kind = draw(st.just(Kind.DONE) | st.integers(0, Kind.UNFINISHED + 1))
+    kind = draw(st.just(Kind.DONE) | st.just(Kind.REST) | st.integers(0, Kind.REST + 1))
     end = draw(st.integers(0, 5)) | draw(st.sampled_from([0, 0x80]))
     ahead, carry = draw(BYTES), draw(BYTES | JSON.map(lambda value: json.dumps(value).encode()))
     size = draw(st.just(len(ahead)) | st.integers(0, 2**32 - 1))
@@ -291,7 +291,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def first(known: list[int]) -> bytes:
-    return report(Kind.DONE, 0x80, known[0])
+    return report(Kind.REST, 0x80, known[0])
 
 
 @settings(deadline=None)
@@ -337,7 +337,7 @@ def test_whatever_a_process_says_of_its_hub_is_a_stall_or_nothing(data):
     assert stall is None or (len(stall.place) <= 200 and stall.place.isprintable())
 
 
-@pytest.mark.parametrize("kind", [Kind.DONE, Kind.OVERDUE, Kind.RETURNED])
+@pytest.mark.parametrize("kind", [Kind.DONE, Kind.OVERDUE, Kind.RETURNED, Kind.REST])
 @pytest.mark.usefixtures("killed")
 def test_of_a_request_that_is_not_its_own_a_process_can_say_nothing(child, kind):
     replica = Replica(child)
@@ -349,16 +349,39 @@ def test_of_a_request_that_is_not_its_own_a_process_can_say_nothing(child, kind)
     replica.close()
 
 
+@pytest.mark.usefixtures("killed")
+def test_a_rest_is_sent_once_and_its_request_runs_until_it_is_done(child):
+    replica = Replica(child)
+    replica.say(replica.says, report(Kind.FREE), [])
+    decisions, (client, *_), (request, *others) = (
+        replica.dispatcher._decisions,
+        replica.clients,
+        replica.requests(),
+    )
+    for _ in range(2):
+        replica.say(replica.says, report(Kind.REST, 0x80, request), [rest()])
+        assert decisions.runs(1, request)
+    assert client.recv(2000) == b"r" * 1000
+    client.send(REQUEST)
+    replica.turn()
+    assert replica.requests()[:-1] == others
+    replica.say(replica.says, report(Kind.DONE, End.ABORT, request), [])
+    assert not decisions.runs(1, request)
+    assert decisions.runs(1, others[0])
+    replica.end()
+    replica.close()
+
+
 @pytest.mark.parametrize("odd", [{"slots": 0}, {"extra": 2}, {"extra": -1}, {"age": -1}])
 def test_an_offer_beyond_what_a_process_can_have_is_none(odd):
     with pytest.raises(ValueError, match="a process without slots"):
         _decode_register({**OFFER, **odd})
 
 
-def test_a_descriptor_comes_with_done_only_and_a_rest_without_one_ends_the_connection():
+def test_a_descriptor_comes_with_rest_only_and_a_rest_without_one_ends_the_connection():
     fd = rest()
     with pytest.raises(ValueError, match="a descriptor too many"):
-        decode_report(report(Kind.FREE, 0, 1), [fd])
+        decode_report(report(Kind.DONE, 0x80, 1), [fd])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    assert decode_report(report(Kind.DONE, 0x80, 1), []).end == End.ABORT
+    assert decode_report(report(Kind.REST, 0x80, 1), []).end == End.ABORT

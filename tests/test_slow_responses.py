@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import os
 import signal
 
@@ -59,7 +60,8 @@ def test_a_response_of_known_length_leaves_the_slot_with_its_last_part(start, wh
     server.wait_numbers(running=1)
     taken = b""
     while server.numbers().running:
-        taken += client.sock.recv(1 << 16)
+        if client.is_readable():
+            taken += client.sock.recv(1 << 16)
     while b"\r\n\r\n" not in taken or len(taken.partition(b"\r\n\r\n")[2]) < 8 * MIB:
         taken += client.sock.recv(1 << 16)
     assert taken.partition(b"\r\n\r\n")[2] == body(8)
@@ -87,10 +89,11 @@ def test_a_response_longer_than_response_buffer_holds_its_slot_until_so_much_is_
     wait_for(client.is_readable, "the response begins")
     server.wait_numbers(running=1, unsent=0)
     taken = bytearray()
-    while server.numbers().running:
+    while not server.numbers().unsent:
         taken += client.sock.recv(1 << 16)
-    assert len(taken) < 16 * MIB
     assert server.numbers().unsent <= MIB
+    server.wait_numbers(running=0)
+    assert len(taken) < 16 * MIB
     while len(taken) < 16 * MIB + taken.index(b"\r\n\r\n") + 4:
         taken += client.sock.recv(1 << 16)
     assert taken.partition(b"\r\n\r\n")[2] == body(16)
@@ -156,6 +159,70 @@ def test_a_stop_sends_the_rest_before_it_ends(start, which):
     assert client.reply().body == body(8)
     client.close()
     server.process.wait(20)
+
+
+@pytest.mark.parametrize("step", ["closing", "going-on"])
+def test_what_the_app_does_when_its_response_is_complete_does_not_delay_the_rest(
+    replica, module_start, which, step
+):
+    """And its request counts until that is done; its connection goes on before."""
+    client = unread(replica, f"/after/{step}", which)
+    actor = module_start.stage.next()
+    assert actor.name == f"x-{step}"
+    assert client.reply().body == b"a" * 7 * MIB
+    client.ask("/hello")
+    replica.wait_numbers(running=1, waiting=1, unsent=0)
+    actor.finish()
+    assert client.reply().status == 200
+    replica.wait_numbers(running=0)
+    client.close()
+
+
+@pytest.mark.parametrize("dies", ["process", "dispatcher"])
+def test_a_death_while_the_app_closes_a_complete_response(start, stage, which, dies):
+    """That of its process costs nothing any more; that of the dispatcher all that it sends."""
+    server = start(config=ONE, bind=BOTH)
+    client = unread(server, "/after/closing", which)
+    actor = stage.next()
+    wait_for(lambda: server.numbers().unsent, "something left to the dispatcher")
+    os.kill(actor.pid if dies == "process" else server.dispatcher, signal.SIGKILL)
+    if dies == "process":
+        assert actor.vanished()
+        assert client.reply().body == b"a" * 7 * MIB
+        assert client.get("/hello").status == 200
+    else:
+        wait_for(lambda: server.get("/-/healthz").status == 200, "a successor")
+        actor.finish()
+        with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+            client.reply()
+        assert server.get("/hello").status == 200
+    server.wait_numbers(running=0, unsent=0)
+    client.close()
+
+
+def test_a_client_that_leaves_while_the_app_closes_its_complete_response(
+    replica, module_start, which
+):
+    client = unread(replica, "/after/closing", which)
+    actor = module_start.stage.next()
+    wait_for(lambda: replica.numbers().unsent, "something left to the dispatcher")
+    client.reset()
+    replica.wait_numbers(running=1, unsent=0, connections=0)
+    actor.finish()
+    replica.wait_numbers(running=0)
+    assert replica.get("/hello", which).status == 200
+
+
+def test_a_stop_sends_the_rest_of_a_response_that_the_app_still_closes(start, stage, which):
+    server = start("--graceful-timeout", "3", config=ONE, bind=BOTH)
+    client = unread(server, "/after/closing", which)
+    actor = stage.next()
+    server.tell(signal.SIGTERM)
+    server.wait_closed()
+    assert client.reply().body == b"a" * 7 * MIB
+    assert client.is_closed()
+    actor.finish()
+    assert server.process.wait(20) == 0
 
 
 def test_a_slot_whose_dispatcher_is_dead_sends_the_rest_itself(start, stage, which):
