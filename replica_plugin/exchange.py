@@ -52,7 +52,8 @@ class Exchange:
     _took: timedelta | None = None  # until the body was sent
     _whole = False  # the response is complete; what is left of it goes out in any case
     _given = False  # the connection is the dispatcher's again
-    _body: Any = None
+    _input: _Input | None = None  # the request's body, if it has one
+    _body: Any = None  # the response's
     _parts: Any = ()
 
     def __init__(self, worker: Worker, job: Job, sock: ClientSocket, run: Run) -> None:
@@ -67,7 +68,6 @@ class Exchange:
         if self._parser.mesg_class is http.Request:
             self._parser.mesg_class = Request
         self._request: Any = None
-        self._body: _Body | None = None  # unless the request has none
         self._carry = job.carry
         if job.ahead:
             self._parser.unreader.unread(job.ahead)
@@ -84,7 +84,7 @@ class Exchange:
         try:
             self._request = self._run.asked = next(self._parser)
             self._know_proxy()
-            self._know_body()
+            self._know_input()
             response = self._respond()
             return self._end_of(response)
         except BaseException as error:  # CancelledError and the like are none of the slot's
@@ -113,10 +113,10 @@ class Exchange:
         elif self._carry:  # another process has written it: no marshal, which can crash this one
             self._request.proxy_protocol_info = json.loads(self._carry)
 
-    def _know_body(self) -> None:
+    def _know_input(self) -> None:
         body = self._request.body
         if getattr(body.reader, "length", None) != 0:  # most requests have none
-            body.reader = self._body = _Body(body.reader)
+            body.reader = self._input = _Input(body.reader)
 
     # The app.
 
@@ -252,14 +252,14 @@ class Exchange:
     def _drained(self) -> bool:
         """Whether the rest of the body, which the app did not read, has been thrown away."""
         body, left = self._request.body, DRAIN
-        if self._body is None:
+        if self._input is None:
             return True
         self._sock.read_only_what_is_there()
         try:
             while left > 0:
                 part = body.read(min(left, 8192))
                 if not part:
-                    return not self._body.broken_off
+                    return not self._input.broken_off
                 left -= len(part)
         except Exception:  # malformed, or not there yet: where it ends is unknown
             return False
@@ -339,7 +339,7 @@ def _completes(part: Any, response: Any) -> bool:
     return response.req.method == "HEAD" or status in (204, 304)  # the head is all
 
 
-class _Body:
+class _Input:
     """What gunicorn reads a body with, and whether a read was ever broken off.
 
     Then nobody knows where the request ends: what was raised there, by a timeout of the app's, say,
