@@ -565,17 +565,16 @@ PATCHING = "from gevent import monkey\nmonkey.patch_all()\nfrom served_app impor
 
 
 @pytest.mark.parametrize("arguments", [(), ("--preload",)], ids=["loaded", "preloaded"])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_in_thread_mode_an_app_that_has_gevent_patch_python_is_served(
-    start, stage, threads, arguments
+def test_in_thread_mode_with_one_slot_an_app_that_has_gevent_patch_python_is_served(
+    start, stage, arguments
 ):
-    """Greenlets in place of our threads would never run, and nothing would say so."""
-    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    """A greenlet in place of the attendant's thread would never run, and nothing would say so."""
+    config = {"processes_per_replica": 1, "threads_per_process": 1}
     files = {"patching.py": PATCHING}
     server = start(*arguments, config=config, app="patching:application", files=files)
-    clients = hold(server, *"abc"[: threads + 1])
-    actors = stage.take(threads)
-    server.wait_numbers(running=threads, waiting=1)
-    finish(*actors)
+    clients = hold(server, "a", "b")
+    actor = stage.next()
+    server.wait_numbers(running=1, waiting=1)
+    finish(actor)
     stage.next().finish()
     close(clients)
