@@ -312,10 +312,15 @@ class ProcessEnd:
                 self._wait(error.errno == errno.EAGAIN)
 
     def leave(self, report: Report, rest: Rest) -> bool:
-        """Tell REST; False if there is nobody to take it."""
+        """Tell REST; False if there is nobody to take it.
+
+        Raises what is the app's, such as a TimeoutError: nobody knows whether it was told then.
+        """
         try:
             self.tell(report.encode(), rest.fd)
-        except OSError:
+        except OSError as error:
+            if not (isinstance(error, ConnectionError) or error.errno == errno.ETOOMANYREFS):
+                raise
             return False
         finally:
             rest.close()

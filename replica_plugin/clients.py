@@ -183,7 +183,8 @@ class Clients:
     def _after(self, conn: Connection, report: Report, now: float) -> None:
         """Go on as the slot has said."""
         if report.end == End.UNTAKEN:
-            self.answer(conn, OUT_OF_TIME if self._stopping else UNTAKEN, now)
+            ends = self._stopping and not self._resumable
+            self.answer(conn, OUT_OF_TIME if ends else UNTAKEN, now)
         elif report.end == End.KEEP:
             conn.next_request(report.ahead, report.carry)
             self._go_on(conn, now)
@@ -308,7 +309,6 @@ class Clients:
     def resume(self) -> None:
         self._stopping = self.called = False
         self._last_call_at = math.inf
-        self.listeners.accept_if(True)
 
     def _close_listeners(self, now: float) -> None:
         """Take what the backlog holds before."""

@@ -78,7 +78,7 @@ class Dispatcher:
         self._decisions = Decisions(rules, self._processes.deck.recall)
         listeners = [Listener(sock) for sock in frame.listeners]
         self._clients = Clients(self._epoll, listeners, wishes.serving, self)
-        self._clients.listeners.accept_if(not wishes.beside)  # until a process of ours can serve
+        self._clients.listeners.accept_if(False)  # `_obey` says when
         self._stopping = Stopping(self._clients, self._decisions, self._processes, self)
         self._heritage = Heritage(self._epoll, frame.replica_page, frame.master_pid)
         self._guard = Guard(self._epoll, frame.master_pid)
@@ -256,9 +256,7 @@ class Dispatcher:
         if report.kind == Kind.FREE:
             self.perform(self._decisions.freed(link.age, now), now)
             self._tick_at = now  # the page says that we are ready as soon as readyz does
-            roster, listeners = self._decisions.roster, self._clients.listeners
-            if roster.usable and not (listeners.wanted or roster.stopping):
-                listeners.accept_if(True)
+            self._listen_if_served()
         elif report.kind == Kind.DONE:
             self._on_done(link, report, now)
         elif report.kind == Kind.REST:
@@ -366,7 +364,9 @@ class Dispatcher:
         return slots <= self._wishes.most_threads
 
     def on_nonsense(self, link: Link) -> None:
-        self._journal.error("Process %d says what no process of ours says: killing it", link.pid)
+        self._journal.error(
+            "Process %d is deaf, or says what no process of ours says: killing it", link.pid
+        )
 
     def on_death(self, link: Link, now: float) -> None:
         begun = link.cells.begun()
@@ -525,10 +525,18 @@ class Dispatcher:
         self._decisions.roster.draining = wishes.draining
         self.perform(self._decisions.ruled(rules, wishes.live, now, wishes.newest), now)
         self._stopping.pause(pausing, now)
+        self._listen_if_served()
         if wishes.supervisor and not self._guard.told(wishes.supervisor):
             self._tell_unguarded()
         if wishes.stop is not None and wishes.stop != self._stopping.stop:
             self._stopping.begin(wishes.stop, wishes, now)
+
+    def _listen_if_served(self) -> None:
+        """Beside another master that serves, connections are its until our processes can, too."""
+        roster, listeners = self._decisions.roster, self._clients.listeners
+        waits = self._wishes.beside and not (roster.was_ready or roster.usable)
+        if not (waits or listeners.wanted or roster.stopping):
+            listeners.accept_if(True)
 
     def _tell_unguarded(self) -> None:
         if self._stopping.stop is None:

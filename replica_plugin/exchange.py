@@ -52,6 +52,7 @@ class Exchange:
     _took: timedelta | None = None  # until the body was sent
     _whole = False  # the response is complete; what is left of it goes out in any case
     _given = False  # the connection is the dispatcher's again
+    _end: int | None = None  # how it goes on, where that was found out before the app's end
     _input: _Input | None = None  # the request's body, if it has one
     _body: Any = None  # the response's
     _parts: Any = ()
@@ -197,8 +198,9 @@ class Exchange:
 
     def _go_on_without_client(self, response: Any) -> None:
         """Leave the rest to the dispatcher, and then only let the app do what it still has to."""
+        end = self._end = self._end_of(response)
         try:
-            self._leave_rest(self._end_of(response))
+            self._leave_rest(end)
         finally:
             self._run.window(self._end_app)
 
@@ -242,7 +244,11 @@ class Exchange:
 
     def _end_of(self, response: Any) -> int:
         """How the connection goes on after a whole response."""
-        if self._given or self._sock.trouble is not None:
+        if self._given:
+            return End.ABORT
+        if self._end is not None:
+            return self._end
+        if self._sock.trouble is not None:
             return End.ABORT
         drained = self._drained()
         if not response.should_close():

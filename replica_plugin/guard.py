@@ -1,7 +1,7 @@
 """The supervisor, as its dispatcher sees it: who would replace us, and whether it lives.
 
 The master says on its page which one it has started. It may be another than the one that
-forked us: if that died, the next fork of a process starts one that watches over us.
+forked us: if that died, the master starts one that watches over us.
 """
 
 from __future__ import annotations

@@ -128,11 +128,12 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     if old is None:
         _before_listening(arbiter.cfg, arbiter.log)
         return
-    _forget_modules()
     if _master is not None:
         _master.tell()
-    elif boot.is_ours(arbiter.cfg):
-        _stay_without(arbiter)
+    else:
+        _forget_alone(arbiter.cfg)
+        if boot.is_ours(arbiter.cfg):
+            _stay_without(arbiter)
 
 
 def _stay_without(arbiter: Arbiter) -> None:
@@ -273,6 +274,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         _after_reload(arbiter, ours)
 
     def wrapped_reload() -> None:
+        _forget(*_taken_by)
         ours.reload(reload)
 
     def wrapped_usr1() -> None:
@@ -335,7 +337,6 @@ def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
 
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
-    _forget_modules()
     problems = boot.refusals(arbiter.cfg, _loaded)
     if problems:
         arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
@@ -349,12 +350,20 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
 
 
-def _forget_modules() -> None:
-    """Have a reload read the settings anew: an import would find what was imported already."""
+def _forget(*names: str) -> None:
+    """Have a reload read the settings anew: an import would find what was imported already.
+
+    Not sooner than right before it: the app may import such a module, too.
+    """
     global _fresh
     _fresh = False
-    for name in ("replica_plugin.conf", *_taken_by):
+    for name in {"replica_plugin.conf", *names} - {"__main__"}:
         sys.modules.pop(name, None)
+
+
+def _forget_alone(cfg: Config) -> None:
+    """Without a master of ours nobody tells of a reload before it begins."""
+    _forget((cfg.config or "").removeprefix("python:"))
 
 
 # What is said and refused before anything listens.
@@ -365,7 +374,8 @@ def _before_listening(cfg: Config, log: Any) -> None:
     global _log
     loaded = _loaded or _load()
     _log = log
-    _forget_modules()
+    if not boot.is_ours(cfg):
+        _forget_alone(cfg)
     problems = boot.refusals(cfg, loaded)
     if problems:
         raise BootError("\n".join(problems))

@@ -106,6 +106,7 @@ class Master:
         self._supervisor = 0
         self._supervisor_pidfd = -1
         self._started_at = 0.0
+        self._beside = False  # as the page says
         self.adopt(settings)
         if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
             with suppress(OSError, ValueError):  # the dispatcher will say so
@@ -126,6 +127,8 @@ class Master:
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
+        if bool(self._arbiter.master_pid) != self._beside:  # it has gone, and we are promoted
+            self.tell()
         if time.monotonic() - self._started_at >= SHORT_LIFE and is_dead(self._supervisor_pidfd):
             log = self._arbiter.log
             log.error("The supervisor (pid %d) is gone: starting another", self._supervisor)
@@ -157,6 +160,7 @@ class Master:
     def _wishes(self, forking: tuple[int, ...]) -> Wishes:
         cfg = self._arbiter.cfg
         self._most_threads = max(self._most_threads, cfg.threads)
+        self._beside = bool(self._arbiter.master_pid)
         return Wishes(
             rules=Rules(
                 self._arbiter.num_workers,
@@ -177,7 +181,7 @@ class Master:
             supervisor=self._supervisor,
             ready_file=self._ready_file,
             shared=self._is_shared(),
-            beside=bool(self._arbiter.master_pid),
+            beside=self._beside,
             draining=self._draining,
             stop=self._stop,
             reopen=self._reopen,
@@ -306,9 +310,10 @@ class Master:
         finally:
             os.close(own)
         process.returncode = 0  # gunicorn reaps it, and its pid may come back as a worker's
+        pidfd = os.pidfd_open(process.pid)
         if self._supervisor_pidfd >= 0:
             os.close(self._supervisor_pidfd)
-        self._supervisor, self._supervisor_pidfd = process.pid, os.pidfd_open(process.pid)
+        self._supervisor, self._supervisor_pidfd = process.pid, pidfd
         self.tell()
 
 

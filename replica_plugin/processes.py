@@ -69,6 +69,7 @@ class Link:
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
     short: bool = False  # nor could one, for want of something that is not the channel's
+    heard: bool = False  # anything, on the channel
     deaf_since: float | None = None
     leave_due: bool = False
     dismissed: bool = False
@@ -122,7 +123,7 @@ class Processes:
         And try again what the kernel was too short of something to deliver.
         """
         for link in self.links.values():
-            if not (link.open or link.dismissed):
+            if link.heard and not (link.open or link.dismissed):
                 self._see_to_deaf(link, now)
             if link.short:
                 link.short = False
@@ -246,6 +247,7 @@ class Processes:
             except ValueError:
                 self.on_nonsense(link)
                 return
+            link.heard = True
             link.busy -= report.kind in _ENDS_A_JOB
             yield report
 

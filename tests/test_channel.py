@@ -6,6 +6,7 @@ import errno
 import math
 import os
 import socket
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,7 @@ from replica_plugin.channel import (
     send_adopt,
     send_job,
 )
+from replica_plugin.rest import Rest
 
 SO_PASSPIDFD = 76
 
@@ -42,6 +44,19 @@ def test_what_was_said_before_the_end_is_read_though_not_all_had_been_heard():
         theirs.send(FREE)
         theirs.close()
         assert [receive_now(ours) for _ in range(2)] == [(FREE, []), (b"", [])]
+
+
+def test_a_rest_of_which_nobody_knows_whether_it_was_told_is_not_sent_again():
+    """An alarm of the app's, say, whose handler raises as the message has gone out."""
+
+    class Late(socket.socket):
+        def sendmsg(self, *arguments: Any) -> int:
+            super().sendmsg(*arguments)
+            raise TimeoutError
+
+    ours, theirs = pair()
+    with Late(fileno=ours.detach()) as late, theirs, pytest.raises(TimeoutError):
+        ProcessEnd(late, late).leave(Report(Kind.REST, 7), Rest.of(b"left"))
 
 
 def test_of_a_hub_a_process_cannot_say_more_than_takes_no_time_to_read():

@@ -133,6 +133,23 @@ def test_a_master_that_stops_leaves_a_shared_backlog_to_the_other_if_it_cannot_s
         assert bool(select.select([other], [], [], 0)[0]) == is_left
 
 
+@pytest.mark.parametrize(
+    ("beside", "was_ready", "listens"),
+    [(False, False, True), (True, False, False), (True, True, True)],
+)
+def test_a_dispatcher_beside_another_master_listens_once_its_own_processes_can_serve(
+    replica, beside, was_ready, listens
+):
+    """Those of a dispatcher that has just been born may all be busy."""
+    dispatcher = replica.dispatcher
+    roster, listeners = dispatcher._decisions.roster, dispatcher._clients.listeners
+    listeners.accept_if(False)
+    roster.was_ready, roster.usable = was_ready, []
+    dispatcher._wishes = replace(dispatcher._wishes, beside=beside)
+    dispatcher._listen_if_served()
+    assert listeners.wanted == listens
+
+
 def test_a_request_is_not_refused_while_a_report_lies_there(replica):
     first, second, third = (replica.client() for _ in range(3))
     ask(first)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from gunicorn.config import Config
 from gunicorn.workers.base import Worker
+from server import Pending
 from test_clients import REQUEST
 from test_overdue import Nobody, job
 
@@ -17,6 +19,7 @@ from replica_plugin.channel import End, Report
 from replica_plugin.client_socket import ClientSocket
 from replica_plugin.exchange import Exchange
 from replica_plugin.overdue import Run
+from replica_plugin.rest import Rest
 from replica_plugin.settled import Settled
 
 
@@ -50,6 +53,10 @@ def fails(environ: Any, start_response: Any) -> list[bytes]:
     raise RuntimeError
 
 
+def failing(*parts: Any) -> Rest:
+    raise OSError(errno.EMFILE, "Too many open files")
+
+
 def serve(app: Any, run: Run) -> tuple[Report, bytes]:
     """The report, and what the client has read."""
     client, ours = socket.socketpair()
@@ -78,6 +85,30 @@ def test_a_slot_that_may_not_begin_its_response_any_more_says_that_it_has_not(ap
     report, read = serve(app, Run(job(), None, partial(cells.answering, 0), Nobody()))
     assert cells.begun() == {7: True}
     assert (report.end, read) == (End.UNTAKEN, b"")
+
+
+def test_what_a_slot_must_send_itself_does_not_change_how_the_connection_goes_on(monkeypatch):
+    """Of the request's body a part has not come; to ask for it twice would say that it is late."""
+    monkeypatch.setattr(Rest, "of", failing)
+    size = 4 << 20  # more than the kernel takes
+
+    def large(environ: Any, start_response: Any) -> list[bytes]:
+        start_response("200 OK", [("Content-Length", str(size))])
+        return [b"x" * size]
+
+    client, ours = socket.socketpair()
+    client.sendall(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 9\r\n\r\nhalf")
+    run = Run(job(), None, lambda: True, Nobody())
+    sock = ClientSocket(
+        ours.family, ours.type, ours.detach(), run.may_write, lambda: None, lambda: 2 * size
+    )
+    run.client = sock
+    reading = Pending(lambda: sum(len(part) for part in iter(partial(client.recv, 1 << 20), b"")))
+    with client, sock:
+        report = Exchange(Process(large), job(), sock, run).run()
+        sock.shutdown(socket.SHUT_WR)
+        assert report.end == End.LINGER
+        assert reading.result() > size
 
 
 @pytest.mark.parametrize("app", [answers, fails])

@@ -399,6 +399,24 @@ def test_our_worker_class_alone_is_enough_and_the_conflict_is_logged(start, stag
     server.wait_numbers(processes=1)
 
 
+ONCE = (
+    IMPORT
+    + """
+import os
+with open("read", "a") as file:
+    file.write("x")
+"""
+)
+
+
+def test_a_module_with_our_line_that_the_app_imports_too_is_run_once(start):
+    files = {"gunicorn.conf.py": "from shared import *\n", "shared.py": ONCE}
+    app = "import shared\n" + APP
+    server = start(base=(), files={**files, "app.py": app}, app="app:app")
+    assert server.get("/").status == 200
+    assert (server.folder / "read").read_text() == "x"
+
+
 LACKING = {
     "Linux": "import sys\nsys.platform = 'freebsd14'\n",
     "pidfd_open": "import os\ndel os.pidfd_open\n",

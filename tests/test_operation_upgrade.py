@@ -97,6 +97,23 @@ def test_until_a_new_master_has_processes_the_old_one_takes_all_that_comes(start
     assert {server.get("/").status for _ in range(50)} == {200}
 
 
+def test_a_new_master_that_is_left_alone_before_its_app_is_loaded_listens_at_once(start):
+    """And so does a dispatcher that is born while all that it has is busy."""
+    held = "import os, time\nwhile os.path.exists('held'):\n    time.sleep(0.01)\n"
+    server = start("--pid", "pid", files={"app.py": held + APP}, app="app:app", command=COMMAND)
+    (server.folder / "held").touch()
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    wait_for(lambda: len(_workers(server, new)) == 1, "the new master's worker")
+    server.tell(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert server.get("/-/readyz").status == 503
+    (server.folder / "held").unlink()
+    wait_for(lambda: server.get("/-/readyz").status == 200, "ready")
+    server.tell(signal.SIGTERM, new)
+    start.wait_nothing_left()
+
+
 def test_a_new_master_that_cannot_be_started_leaves_the_old_one_as_it_was(start):
     failing = IMPORT + "def pre_exec(server):\n    1 / 0\n"
     server = start(base=(), files={"gunicorn.conf.py": failing})
