@@ -70,8 +70,8 @@ def test_the_start_tells_what_the_machine_does_not_allow(start):
 
 def test_a_rest_of_a_response_that_found_no_descriptor_ends_its_connection():
     rest = Rest.of(b"abc")
-    message = Report(Kind.DONE, 7, End.KEEP, rest=rest).encode()
-    assert decode_report(message, []) == Report(Kind.DONE, 7, End.ABORT)
+    message = Report(Kind.REST, 7, End.KEEP, rest=rest).encode()
+    assert decode_report(message, []) == Report(Kind.REST, 7, End.ABORT)
     assert decode_report(message, [rest.fd]).end == End.KEEP
     rest.close()
 

@@ -114,7 +114,7 @@ class Leaving:
         self.process: Any = object.__new__(worker.ReplicaWorker)
         self.process.__dict__.update(
             _channel=None, _dead=None, _leaving_since=None, _alone_since=None, _told=None,
-            _dismissed_at=None, _end=self._end, ppid=os.getppid(),
+            _dismissed_at=None, _asked=False, _end=self._end, ppid=os.getppid(),
         )  # fmt: skip
 
     def _end(self) -> None:
