@@ -138,6 +138,8 @@ class Exchange:
             self._call_app(environ, response, began)
             return response
         except OverdueError:
+            if self._whole:  # what was interrupted is not the client's concern
+                return response
             raise
         except BaseException:
             if response is not None and response.headers_sent and sock.trouble is None:
@@ -312,8 +314,7 @@ class Exchange:
 
     def _overdue(self) -> int:
         """The attendant has answered, unless the slot has begun its response, or was about to."""
-        if not self._whole:
-            self._sock.discard()
+        self._sock.discard()
         if self._sock.written:
             return End.LINGER
         if not self._run.is_answered:

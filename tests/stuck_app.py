@@ -94,6 +94,12 @@ def closing(environ, start_response, name):
     return Closing(environ, name, part)
 
 
+def folding(environ, start_response, name):
+    """One that the client takes at once."""
+    (part,) = answer(start_response, b"c")
+    return Closing(environ, name, part)
+
+
 def near(environ, start_response, seconds):
     """End at about this time, without ever blocking."""
     until = time.monotonic() + float(seconds)
@@ -104,6 +110,6 @@ def near(environ, start_response, seconds):
 
 served_app.HANDLERS.update(
     spin=spin, sleep=sleep, read=read, grip=grip, swallow=swallow, clean=clean, count=count,
-    begun=begun, near=near, closing=closing,
+    begun=begun, near=near, closing=closing, folding=folding,
 )  # fmt: skip
 application = served_app.application

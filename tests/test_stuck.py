@@ -143,6 +143,19 @@ def test_a_response_that_is_complete_arrives_whole_though_its_close_is_interrupt
 
 @IN_BOTH_MODES
 @both
+def test_a_connection_goes_on_after_a_complete_response_whose_close_is_interrupted(
+    serve, stage, threads
+):
+    server = serve(threads)
+    with server.connect() as client:
+        assert client.get("/folding/x").body == b"c"
+        let(stage, "x")
+        server.wait_log("in process \\d+ has run for longer than request_timeout")
+        assert client.get("/count").status == 200
+
+
+@IN_BOTH_MODES
+@both
 def test_code_that_swallows_the_interrupt_keeps_its_slot_until_it_ends(serve, stage, threads):
     server = serve(threads)
     stuck = server.later("/swallow/x")
