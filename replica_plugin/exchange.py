@@ -15,6 +15,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+from contextlib import suppress
 from datetime import datetime, timedelta
 from functools import partial
 from typing import Any, Protocol
@@ -160,7 +161,8 @@ class Exchange:
                     self._go_on_without_client(response)
         finally:
             took = self._took
-            if took is not None and not self._run.is_answered:  # else that answer is in the log
+            answered = self._run.is_answered or isinstance(self._sock.trouble, AnsweredError)
+            if took is not None and not answered:  # else that answer is in the log
                 if self._sock.trouble is not None and self._is_too_late:
                     response.status = "408 Request Timeout"
                 self._log.access(response, self._request, environ, took)
@@ -185,6 +187,8 @@ class Exchange:
                     sock.flush()  # nothing, unless the part was empty
                     if complete and sock.left:
                         break
+                else:
+                    self._parts = ()  # to ask again what has ended may wait for ever
             sock.finish()
             response.close()
             sock.flush()
@@ -263,15 +267,14 @@ class Exchange:
         if self._input is None:
             return True
         self._sock.read_only_what_is_there()
-        try:
-            while left > 0:
+        ended = False
+        with suppress(Exception):  # malformed, or not there yet: where it ends is unknown
+            while left > 0 and not ended:
                 part = body.read(min(left, 8192))
-                if not part:
-                    return not self._input.broken_off
                 left -= len(part)
-        except Exception:  # malformed, or not there yet: where it ends is unknown
-            return False
-        return False
+                ended = not part
+        self._input.is_lost = left < DRAIN or not ended
+        return ended and not self._input.broken_off
 
     def _on_error(self, error: BaseException) -> int:
         """Say what went wrong to the client, if it can still be told, and to the log."""
@@ -317,8 +320,9 @@ class Exchange:
         self._sock.discard()
         if self._sock.written:
             return End.LINGER
-        if not self._run.is_answered:
-            util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
+        if self._run.is_answered:
+            return self._answered()
+        util.write_error(self._sock, 504, "Gateway Timeout", str(OverdueError()))
         return self._told()
 
     def _told(self) -> int:
@@ -351,13 +355,18 @@ class _Input:
 
     Then nobody knows where the request ends: what was raised there, by a timeout of the app's, say,
     has ended the generator that follows the chunks, which looks as if the last one had come.
+
+    What has been thrown away at the end of the response is lost to an app that asks for it later.
     """
 
     def __init__(self, reader: Any) -> None:
         self._reader = reader
         self.broken_off = False
+        self.is_lost = False
 
     def read(self, size: int) -> bytes:
+        if self.is_lost:
+            raise OSError("The rest of the request's body went with its response")
         try:
             data: bytes = self._reader.read(size)
         except BaseException:

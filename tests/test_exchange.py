@@ -17,6 +17,7 @@ from test_overdue import Nobody, job
 from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Report
 from replica_plugin.client_socket import ClientSocket
+from replica_plugin.errors import OverdueError
 from replica_plugin.exchange import Exchange
 from replica_plugin.overdue import Run
 from replica_plugin.rest import Rest
@@ -38,7 +39,13 @@ class Process:
 
 
 class Quiet:
-    """A log."""
+    """A log, which notes those that access it would have."""
+
+    def __init__(self) -> None:
+        self.accesses: list[str] = []
+
+    def access(self, response: Any, *more: Any) -> None:
+        self.accesses.append(response.status)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments, **named: None
@@ -66,7 +73,10 @@ def serve(app: Any, run: Run) -> tuple[Report, bytes]:
     )
     run.client = sock
     with client, sock:
-        report = Exchange(Process(app), job(), sock, run).run()
+        process = Process(app)
+        report = Exchange(process, job(), sock, run).run()
+        if report.end == End.UNTAKEN:
+            assert "200 OK" not in process.log.accesses, "the dispatcher's answer is in the log"
         sock.shutdown(socket.SHUT_WR)
         return report, client.recv(1 << 16)
 
@@ -85,6 +95,90 @@ def test_a_slot_that_may_not_begin_its_response_any_more_says_that_it_has_not(ap
     report, read = serve(app, Run(job(), None, partial(cells.answering, 0), Nobody()))
     assert cells.begun() == {7: True}
     assert (report.end, read) == (End.UNTAKEN, b"")
+
+
+def test_one_that_is_silenced_and_then_interrupted_says_that_it_has_not():
+    cells = Cells(1)
+    cells.begin(0, 7)
+    cells.silence()
+    run = Run(job(), None, partial(cells.answering, 0), Nobody())
+
+    def late(environ: Any, start_response: Any) -> Any:
+        run.answer()
+        raise OverdueError
+
+    report, read = serve(late, run)
+    assert (report.end, read) == (End.UNTAKEN, b"")
+
+
+class Slow(ClientSocket):
+    """That of a client which takes nothing of the last part."""
+
+    def _send_or_leave(self, data: bytes) -> None:
+        self.left.append(memoryview(data))
+
+
+class Left:
+    """The channel of its slot."""
+
+    def __init__(self) -> None:
+        self.told: list[Report] = []
+
+    def leave(self, report: Report, rest: Rest) -> bool:
+        self.told.append(report)
+        rest.close()
+        return True
+
+
+def serve_slowly(app: Any, head: bytes) -> tuple[list[Report], Report]:
+    """What was left to the dispatcher, and the report."""
+    client, ours = socket.socketpair()
+    client.sendall(head)
+    channel = Left()
+    run = Run(job(), channel, lambda: True, Nobody())
+    sock = Slow(ours.family, ours.type, ours.detach(), run.may_write, lambda: None, lambda: 0)
+    run.client = sock
+    with client, sock:
+        return channel.told, Exchange(Process(app), job(), sock, run).run()
+
+
+def test_a_body_that_has_ended_is_not_asked_again():
+    """It may wait for ever then, for what somebody else would have to put there."""
+    asked = []
+
+    class Body:
+        def __iter__(self) -> Any:
+            return self
+
+        def __next__(self) -> bytes:
+            asked.append(len(asked))
+            if len(asked) > 1:
+                raise StopIteration
+            return b"x"
+
+    def app(environ: Any, start_response: Any) -> Body:
+        start_response("200 OK", [])
+        return Body()
+
+    serve_slowly(app, REQUEST)
+    assert asked == [0, 1]
+
+
+def test_an_app_that_asks_for_its_request_when_it_was_thrown_away_is_told_so():
+    """Its response was complete, and its client slow; an empty body would be a lie."""
+    read = []
+
+    def app(environ: Any, start_response: Any) -> Any:
+        start_response("200 OK", [("Content-Length", "1")])
+        yield b"x"
+        try:
+            read.append(environ["wsgi.input"].read())
+        except OSError as error:
+            read.append(str(error))
+
+    told, _ = serve_slowly(app, b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\ndata")
+    assert [each.end for each in told] == [End.KEEP]
+    assert read == ["The rest of the request's body went with its response"]
 
 
 def test_what_a_slot_must_send_itself_does_not_change_how_the_connection_goes_on(monkeypatch):
