@@ -358,7 +358,11 @@ def _forget(*names: str) -> None:
     global _fresh
     _fresh = False
     for name in {"replica_plugin.conf", *names} - {"__main__"}:
-        sys.modules.pop(name, None)
+        module = sys.modules.pop(name, None)
+        package, _, last = name.rpartition(".")
+        around = vars(sys.modules[package]) if package in sys.modules else {}
+        if module is not None and around.get(last) is module:  # for `from package import module`
+            del around[last]
 
 
 def _forget_alone(cfg: Config) -> None:

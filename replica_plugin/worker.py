@@ -291,7 +291,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     # What signals ask: these run in the main thread, between two of its instructions.
 
     def handle_exit(self, sig: int, frame: Any) -> None:
-        """TERM: leave when the dispatcher says so."""
+        """TERM: leave when the dispatcher says so; at once from a `post_worker_init`."""
+        if not self.booted:
+            os._exit(0)
         self._asked = True
         self.alive = False
 

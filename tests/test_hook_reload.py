@@ -12,6 +12,10 @@ FORMS = {
     "module": (OURS, {}),
     "file": (("-c", "replica_plugin.conf"), {"replica_plugin.conf": IMPORT}),
     "own module": (("-c", "python:own"), {"own.py": IMPORT}),
+    "module of a package": (
+        (),
+        {"gunicorn.conf.py": "from replica_plugin import conf\nglobals().update(vars(conf))\n"},
+    ),
     "shared module": ((), {"gunicorn.conf.py": "from shared import *\n", "shared.py": IMPORT}),
 }
 BOOT = "Replica: "

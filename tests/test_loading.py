@@ -198,6 +198,34 @@ def test_a_process_whose_post_worker_init_raises_is_one_that_cannot_load_the_app
     assert server.log.count("warms up") == 6
 
 
+WAITS = (
+    IMPORT
+    + """
+import os, time
+
+def post_worker_init(worker):
+    while os.path.exists("hold"):
+        open("waits", "w").close()
+        time.sleep(0.01)
+"""
+)
+
+
+@IN_BOTH_MODES
+def test_a_process_that_is_told_to_leave_ends_at_once_in_post_worker_init(start):
+    """Else it would keep the turn to load from its successor, for as long as its hook takes."""
+    server = start(base=(), files={"gunicorn.conf.py": WAITS}, config={"processes_per_replica": 1})
+    (server.folder / "hold").touch()
+    server.tell(signal.SIGTTIN)
+    wait_for(lambda: len(server.workers) == 2, "another process")
+    second = max(server.workers)
+    wait_for((server.folder / "waits").exists, "its hook")
+    server.tell(signal.SIGTERM, second)
+    wait_for(lambda: second not in server.workers, "its end")
+    (server.folder / "hold").unlink()
+    server.wait_numbers(processes=2)
+
+
 def test_a_post_worker_init_that_raises_in_a_process_told_to_leave_ends_nobody_else(start):
     server = start(base=(), files={"gunicorn.conf.py": WARM_UP}, config=TWO)
     for name in ("broken", "told"):
