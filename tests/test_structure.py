@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,42 @@ def test_the_files_named_in_the_design_notes_exist():
     named = {word.strip("`") for word in text.replace(",", " ").split() if word.endswith(".py`")}
     assert named
     assert {name for name in named if not (PACKAGE / name).exists()} == set()
+
+
+GUNICORNS = {
+    "Error handling request %s",
+    "Exception in post_request hook",
+    "Socket error processing request.",
+}
+"""Lines that are its own, from wherever."""
+
+
+def test_each_line_of_the_log_is_in_the_reference():
+    """As far as it is a literal: by the first words of what lies between two values."""
+    reference = (ROOT / "docs/reference/logs.md").read_text()
+    missing = [
+        line
+        for file in PACKAGE.glob("*.py")
+        for line in logged(file)
+        if line not in GUNICORNS and not any(part in reference for part in first_words(line))
+    ]
+    assert missing == []
+
+
+def first_words(line: str) -> list[str]:
+    parts = [part.strip() for part in re.split(r"%\w|\n", line)]
+    return [part[:18] for part in parts if len(part) > 3]
+
+
+def logged(file: Path) -> list[str]:
+    """What it logs as a warning, or worse."""
+    calls = [each for each in ast.walk(ast.parse(file.read_text())) if isinstance(each, ast.Call)]
+    return [
+        call.args[0].value
+        for call in calls
+        if isinstance(call.func, ast.Attribute)
+        and call.func.attr in ("warning", "error", "exception")
+        and call.args
+        and isinstance(call.args[0], ast.Constant)
+        and len(call.args[0].value) > len("%s: %s, %s")
+    ]
