@@ -270,7 +270,10 @@ def late(case: Case) -> bool:
 
 
 def overran(case: Case) -> bool:
-    """Whether it ran for longer than request_timeout, as the app saw it, or was sent for longer."""
+    """Whether it ran for longer than request_timeout, as the app saw it, or was sent for longer;
+    or had waited for the GIL for as long."""
+    if case.runs and case.judge.was_held(case.runs[0], case.entry):
+        return case.waited > case.times.request - MOMENT
     sent = case.entry.ended_at if case.entry.action == "large" else 0.0
     return any(
         max(run.ended or case.judge.died_at(run.pid) or case.entry.ended_at, sent) - run.began
