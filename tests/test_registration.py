@@ -153,6 +153,22 @@ def test_a_process_sees_that_its_dispatcher_is_dead_though_no_slot_is_free_to(mo
     assert leaving.ended
 
 
+def test_a_process_that_is_sent_term_says_so_once_the_master_could_have_said_that_all_stop(
+    monkeypatch,
+):
+    """As what ends a control group does; dismissed before, it would not be there for what waits."""
+    leaving = Leaving(monkeypatch)
+    leaving.process._asked = True
+    ours, theirs = pair()
+    channel = ProcessEnd(ours, ours)
+    for now in (10.0, 10.0 + worker.ASKED - 0.01):
+        leaving.look(now, channel)
+        with pytest.raises(BlockingIOError):
+            theirs.recv(100, socket.MSG_DONTWAIT)
+    leaving.look(10.0 + worker.ASKED, channel)
+    assert theirs.recv(100, socket.MSG_DONTWAIT) == LEAVING
+
+
 def test_a_process_says_that_it_wants_to_leave_until_it_could(monkeypatch):
     leaving = Leaving(monkeypatch)
     ours, theirs = pair()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import http.client
 import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -324,7 +323,6 @@ def test_term_to_processes_and_master_as_of_a_control_group_answers_what_waits(s
     actor = stage.next()
     server.wait_numbers(running=1, waiting=2)
     server.tell(signal.SIGTERM, server.workers[0])
-    time.sleep(0.1)  # what the process says of that is there before what the master says
     server.tell(signal.SIGTERM)
     server.wait_closed()
     for _ in range(2):
