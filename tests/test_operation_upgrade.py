@@ -81,14 +81,20 @@ def test_a_new_master_that_is_stopped_leaves_the_old_one_as_it_was(start):
     server.wait_numbers(processes=1)
 
 
-def test_until_a_new_master_has_processes_the_old_one_takes_all_that_comes(start):
-    """And nothing is lost with the new one, whose app may not load at all."""
+def upgrade_to_one_that_loads(start):
+    """The server, and the pid of a new master whose process loads until `held` is gone."""
     held = "import os, time\nwhile os.path.exists('held'):\n    time.sleep(0.01)\n"
     server = start("--pid", "pid", files={"app.py": held + APP}, app="app:app", command=COMMAND)
     (server.folder / "held").touch()
     server.tell(signal.SIGUSR2)
     new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
     wait_for(lambda: len(_workers(server, new)) == 1, "the new master's worker")
+    return server, new
+
+
+def test_until_a_new_master_has_processes_the_old_one_takes_all_that_comes(start):
+    """And nothing is lost with the new one, whose app may not load at all."""
+    server, new = upgrade_to_one_that_loads(start)
     (supervisor,) = (pid for pid in server.children(new) if is_supervisor(pid))
     wait_for(lambda: server.children(supervisor), "the new master's dispatcher")
     assert {server.get("/").status for _ in range(50)} == {200}
@@ -99,12 +105,7 @@ def test_until_a_new_master_has_processes_the_old_one_takes_all_that_comes(start
 
 def test_a_new_master_that_is_left_alone_before_its_app_is_loaded_listens_at_once(start):
     """And so does a dispatcher that is born while all that it has is busy."""
-    held = "import os, time\nwhile os.path.exists('held'):\n    time.sleep(0.01)\n"
-    server = start("--pid", "pid", files={"app.py": held + APP}, app="app:app", command=COMMAND)
-    (server.folder / "held").touch()
-    server.tell(signal.SIGUSR2)
-    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
-    wait_for(lambda: len(_workers(server, new)) == 1, "the new master's worker")
+    server, new = upgrade_to_one_that_loads(start)
     server.tell(signal.SIGTERM)
     assert server.process.wait(20) == 0
     assert server.get("/-/readyz").status == 503
@@ -125,15 +126,20 @@ def test_a_new_master_that_cannot_be_started_leaves_the_old_one_as_it_was(start)
     assert [server.supervisor, server.dispatcher, *server.workers] == family
 
 
-def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, stage):
-    """The way back from an upgrade; gunicorn heeds WINCH only as a daemon."""
+def start_daemon(start):
+    """The server, and the pid of its master: gunicorn heeds WINCH only as a daemon."""
     options = ("--daemon", "--pid", "pid", "--error-logfile", "error")
     config = {"processes_per_replica": 1, "threads_per_process": 1}
     server = start(
         *options, bind=("unix:here",), listening_in="error", ready=False, config=config,
         command=COMMAND,
     )  # fmt: skip
-    master = int(wait_for(lambda: _text(server.folder / "pid").strip(), "the pidfile"))
+    return server, int(wait_for(lambda: _text(server.folder / "pid").strip(), "the pidfile"))
+
+
+def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, stage):
+    """The way back from an upgrade."""
+    server, master = start_daemon(start)
     try:
         idle = server.connect()
         assert idle.get("/hello").status == 200
@@ -156,13 +162,7 @@ def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, s
 
 
 def test_what_waits_in_a_pause_is_refused_when_the_last_process_has_died(start, stage):
-    options = ("--daemon", "--pid", "pid", "--error-logfile", "error")
-    config = {"processes_per_replica": 1, "threads_per_process": 1}
-    server = start(
-        *options, bind=("unix:here",), listening_in="error", ready=False, config=config,
-        command=COMMAND,
-    )  # fmt: skip
-    master = int(wait_for(lambda: _text(server.folder / "pid").strip(), "the pidfile"))
+    server, master = start_daemon(start)
     try:
         running, waiting = (server.connect().ask(f"/hold/{n}") for n in range(2))
         actor = stage.next()
