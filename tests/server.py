@@ -222,9 +222,9 @@ class Server:
         return self._numbers
 
     def _find_page(self) -> int | None:
-        for link in Path(f"/proc/{self.process.pid}/fd").iterdir():
-            with suppress(OSError):
-                if "memfd:replica-numbers" in os.readlink(link):
+        for link, target in descriptors(self.process.pid).items():
+            if "memfd:replica-numbers" in target:
+                with suppress(FileNotFoundError):
                     return os.open(link, os.O_RDWR)
         return None
 
@@ -310,6 +310,15 @@ def run_to_its_end(
 
 def all_pids() -> list[int]:
     return [int(each.name) for each in Path("/proc").glob("[0-9]*")]
+
+
+def descriptors(pid: int) -> dict[Path, str]:
+    """What a process has open, by its link in /proc, but for what it closes at this moment."""
+    found = {}
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found[link] = os.readlink(link)
+    return found
 
 
 def environ_of(pid: int) -> bytes:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ import pytest
 import yaml
 from conftest import Starter
 from readme import EXAMPLES, Reader
-from server import Pending, Server, wait_for
+from server import Pending, Server, descriptors, wait_for
 
 PATHS = {
     "digits_cpu": "/",
@@ -100,16 +98,7 @@ def fetches(server: Server, port: int) -> list[int]:
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
     established = [row for row in rows if row[2:4] == [f"0100007F:{port:04X}", "01"]]
     sockets = {f"socket:[{row[9]}]" for row in established}
-    return [sum(link in sockets for link in descriptors(pid)) for pid in server.workers]
-
-
-def descriptors(pid: int) -> list[str]:
-    """What a process has open."""
-    found = []
-    for path in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):
-            found.append(os.readlink(path))
-    return found
+    return [sum(link in sockets for link in descriptors(pid).values()) for pid in server.workers]
 
 
 @pytest.mark.slow

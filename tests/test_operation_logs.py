@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import signal
 import socket
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import gunicorn
 import pytest
-from server import wait_for
+from server import descriptors, wait_for
 from test_hook_start import IMPORT
 
 from replica_plugin.actions import Why
@@ -290,7 +288,7 @@ def test_statsd_counts_refusals_and_requests(start, stage):
 
 def files_of(pid):
     """The regular log files a process has open."""
-    links = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
+    links = descriptors(pid).values()
     return {link.rpartition("/")[2] for link in links if "/access" in link or "/error" in link}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import offering
 import pytest
-from server import Server, environment
+from server import Server, descriptors, environment
 from stage import PATIENCE
 
 from replica_plugin.cells import Cells
@@ -173,8 +173,7 @@ def test_a_process_can_only_read_what_master_and_dispatcher_write(start):
     mapped = re.findall(r"(\S+) \S+ \S+ \S+ +/memfd:replica-(\w+)", read(worker, "maps"))
     assert sorted(mapped) == [("r--s", "master"), ("r--s", "numbers"), ("rw-s", "cells")]
     held = {}
-    for link in Path(f"/proc/{worker}/fd").iterdir():
-        name = os.readlink(link)
+    for link, name in descriptors(worker).items():
         flags = int(read(worker, f"fdinfo/{link.name}").split("flags:")[1].split()[0], 8)
         held.setdefault(name.partition(" ")[0], set()).add(flags & os.O_ACCMODE)
     assert held["/memfd:replica-master"] == held["/memfd:replica-numbers"] == {os.O_RDONLY}
@@ -250,7 +249,7 @@ def control() -> Iterator[Control]:
     control.close()
 
 
-def descriptors() -> int:
+def held() -> int:
     """How many there are; garbage that other tests have left is gone before, not in between."""
     gc.collect()
     return len(os.listdir("/proc/self/fd"))
@@ -286,11 +285,11 @@ ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
     ids=lambda value: repr(value)[:60],
 )
 def test_what_is_no_offer_is_thrown_away_with_its_descriptors(control, message, fds):
-    before = descriptors()
+    before = held()
     with open("/dev/null") as null:
         control.say(message, *[null.fileno()] * fds)
     assert control.office.told == []
-    assert descriptors() == before
+    assert held() == before
     control.register(age=1)
     assert control.office.told == ["on_registered"]
 
@@ -310,10 +309,10 @@ def test_what_is_no_offer_is_thrown_away_with_its_descriptors(control, message, 
     ids=str,
 )
 def test_an_offer_that_is_not_of_its_sender_or_more_than_it_can_have_is_thrown_away(control, lie):
-    before = descriptors()
+    before = held()
     control.register(**lie)
     assert control.office.told == []
-    assert (control.processes.links, descriptors() - before) == ({}, 1)  # the child's stdout
+    assert (control.processes.links, held() - before) == ({}, 1)  # the child's stdout
     control.register(age=1)
     assert control.office.told == ["on_registered"]
 
@@ -321,12 +320,12 @@ def test_an_offer_that_is_not_of_its_sender_or_more_than_it_can_have_is_thrown_a
 @pytest.mark.parametrize("count", [1, 2])
 def test_an_offer_in_anothers_name_ends_its_sender_and_not_the_other(control, count):
     good = [control.register(age=age) for age in range(count)]
-    before = descriptors()
+    before = held()
     liar = control.register(age=0)
     assert liar.wait(PATIENCE) == -signal.SIGKILL
     assert control.office.told == [*["on_registered"] * count, "on_nonsense"]
     assert [link.pid for link in control.processes.links.values()] == [it.pid for it in good]
-    assert descriptors() - before == 1
+    assert held() - before == 1
     assert [child.poll() for child in good] == [None] * count
 
 
@@ -394,10 +393,10 @@ def test_a_clients_connection_can_be_handed_back(control, kind):
 @pytest.mark.parametrize("kind", ["listening", "left", "udp", "alone", "dgram", "seqpacket"])
 def test_nothing_but_a_clients_connection_can_be_handed_back(control, kind):
     sockets = connected(kind)
-    before = descriptors()
+    before = held()
     control.say(b"A" + json.dumps(ADOPT).encode(), sockets[0].fileno())
     assert control.office.told == []
-    assert descriptors() == before
+    assert held() == before
     for each in sockets:
         each.close()
 
@@ -485,7 +484,7 @@ def test_of_a_control_socket_that_is_shut_the_end_is_told_once_after_what_was_sa
 
 def test_what_was_cut_short_on_the_deck_is_nobodys_and_its_descriptor_is_closed():
     deck = Deck()
-    before = descriptors()
+    before = held()
     for _ in range(2):
         send(deck._front, marshal.dumps(tuple(job(1)))[:20], 0)
         assert deck.offer(job(2), 0)
@@ -494,7 +493,7 @@ def test_what_was_cut_short_on_the_deck_is_nobodys_and_its_descriptor_is_closed(
     for request in (1, 2):
         send(deck._front, marshal.dumps(tuple(job(request)))[:20], 0)
     assert deck.recall() == set()
-    assert descriptors() == before
+    assert held() == before
     deck.end.close()
     deck._front.close()
 
