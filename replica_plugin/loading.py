@@ -4,8 +4,9 @@
    have the app loaded. So in a reload at most p + 1 do: the next successor loads when an old
    process has gone. The turn is a lock that ends with its holder. A holder that does not come to
    an end is left behind after PATIENCE: those that wait take their turns in the next lane.
-2. A failure is on the page before its process ends. So the dispatcher knows of it by the time
-   it sees that this process is not among the living, and keeps those it might have replaced.
+2. The master's page says which process is the newest, and which live. So the dispatcher knows
+   that one has ended before it had the app, however it ended, and keeps those it might have
+   replaced.
 3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. Any other
    process that fails takes, for 1 to 60 s, the place of the one that is missing, so that
    gunicorn does not fork and fail in a circle; if none is missing, it ends at once.
