@@ -6,7 +6,7 @@ import math
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_decisions_model import STEPS, few, picks, run
+from test_decisions_model import EXAMPLES, STEPS, few, picks, run
 from world import Worker, World
 
 from replica_plugin.decisions import Rules
@@ -154,4 +154,4 @@ class Decks(RuleBasedStateMachine):
 
 
 def test_no_history_with_a_deck_breaks_a_promise() -> None:
-    run(500, STEPS, Decks)
+    run(EXAMPLES // 2, STEPS, Decks)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from test_decisions_model import STEPS, few, picks, run
+from test_decisions_model import EXAMPLES, STEPS, few, picks, run
 from world import Worker, World
 
 from replica_plugin.decisions import Rules
@@ -101,4 +101,4 @@ class Overtimes(RuleBasedStateMachine):
 
 
 def test_no_history_with_stuck_requests_breaks_a_promise() -> None:
-    run(600, STEPS, Overtimes)
+    run(EXAMPLES // 2, STEPS, Overtimes)

@@ -8,7 +8,6 @@ name any Python object, and a reader of the file should see the values where the
 from __future__ import annotations
 
 import os
-import re
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,6 @@ LARGEST_FILE = 2**20
 # No file of ours or of Cortex's nests deeper than ten; the composer recurses.
 DEEPEST = 50
 
-_CONTROL = re.compile(r"[^\t\n\r -~\x85\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 _YAML = "tag:yaml.org,2002:"
 
 
@@ -96,7 +94,7 @@ def _text(content: bytes, file: str) -> str:
     except UnicodeDecodeError as error:
         at = 1 + content.count(b"\n", 0, error.start)
         raise _refused(f"{file}:{at}", f"must be UTF-8 (byte {error.start} is not)") from None
-    if control := _CONTROL.search(text):
+    if control := yaml.reader.Reader.NON_PRINTABLE.search(text):
         at = 1 + text.count("\n", 0, control.start())
         code = f"U+{ord(control[0]):04X}"
         raise _refused(f"{file}:{at}", f"must not have control characters (got {code})")
