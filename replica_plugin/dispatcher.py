@@ -39,7 +39,7 @@ from .head import Head
 from .heritage import Heritage, is_dead
 from .journal import Journal
 from .listeners import ACCEPTS, Listener
-from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
+from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
@@ -57,7 +57,6 @@ class Frame:
     control: socket.socket
     master_page: MasterPage
     replica_page: ReplicaPage
-    load_page: LoadPage
     nudge: int  # eventfd, written by the master after its page
     master_pidfd: int
     master_pid: int

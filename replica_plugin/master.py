@@ -295,7 +295,6 @@ class Master:
                 self.control.fileno(),
                 self.page.fd,
                 self.replica_page.fd,
-                self.load_page.fd,
                 *self._nudges,
                 own,
                 os.getpid(),

@@ -23,7 +23,7 @@ from replica_plugin.decisions import Rules
 from replica_plugin.deck import take
 from replica_plugin.dispatcher import MOMENT, Dispatcher, Frame
 from replica_plugin.journal import Journal
-from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.rules import Privileges, Serving, Stop, Wishes
 
 LOGGING = {"loglevel": "error"}
@@ -44,7 +44,7 @@ class Replica:
             graceful_timeout=30.0, privileges=Privileges(os.getuid(), os.getgid(), False),
             logging=LOGGING,
         )  # fmt: skip
-        pages = MasterPage(), self.page, LoadPage()
+        pages = MasterPage(), self.page
         frame = Frame((self.listener,), control, *pages, nudge, master, os.getppid())
         self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
         self.process, theirs = channel.pair()

@@ -49,7 +49,7 @@ from replica_plugin.connection import Connection, State
 from replica_plugin.decisions import Rules
 from replica_plugin.deck import take
 from replica_plugin.dispatcher import Dispatcher, Frame
-from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.processes import Link
 from replica_plugin.rest import Rest
 from replica_plugin.rules import Privileges, Serving, Wishes
@@ -80,7 +80,7 @@ class Replica:
         self.control, self.writing = control_pair()
         self._nudge = os.eventfd(0, os.EFD_NONBLOCK)
         self._master = os.pidfd_open(os.getpid())
-        self._pages = MasterPage(), ReplicaPage(), LoadPage()
+        self._pages = MasterPage(), ReplicaPage()
         self._pages[0].write(WISHES.encode())
         frame = Frame((), self.control, *self._pages, self._nudge, self._master, os.getpid())
         self.dispatcher = Dispatcher(frame, WISHES, Quiet())
