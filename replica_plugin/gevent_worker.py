@@ -53,13 +53,11 @@ from .channel import TURNING, Kind, ProcessEnd, Report, Stall
 from .green import GreenClientSocket, GreenEnd, GreenInterrupter
 from .overdue import Interrupter
 from .slot import Slot
+from .unpatched import get_ident, start_thread
 from .worker import ReplicaWorker
 
 TURN = 0.25  # seconds between two signs of life of the hub, and two looks at it
 _TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
-_start_thread: Callable[..., int] = gevent.monkey.get_original("_thread", "start_new_thread")
 
 
 class GeventWorker(ReplicaWorker):
@@ -93,7 +91,7 @@ class GeventWorker(ReplicaWorker):
 
     def _serve(self, slots: list[Slot]) -> None:
         loop = gevent.get_hub().loop
-        self._main = _get_ident()
+        self._main = get_ident()
         self._changed = gevent.event.Event()
         self._ended = gevent.event.Event()
         self._waker = loop.async_()
@@ -103,7 +101,7 @@ class GeventWorker(ReplicaWorker):
         self._timer.start(self._turn)
         for slot in slots:
             gevent.spawn(self._run_slot, slot)
-        _start_thread(self._attend_beside, ())
+        start_thread(self._attend_beside, "replica-attendant")
         self._ended.wait()
 
     def _part_from_parent(self) -> None:

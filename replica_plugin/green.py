@@ -21,7 +21,6 @@ from typing import Any
 
 import gevent
 import gevent.hub
-import gevent.monkey
 import gevent.socket
 
 from .channel import LEAVE, PAUSE, Kind, ProcessEnd, Report, close_all, decode_job, receive
@@ -29,13 +28,12 @@ from .client_socket import ClientSocket
 from .errors import OverdueError
 from .overdue import SIGNAL, Run
 from .rest import PIECE
+from .unpatched import get_ident
 
 READABLE = 1
 HAND_TIME = 0.005  # seconds in which a slot may take one request after the other, and no hub turns
 _NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
 
 Message = tuple[bytes, list[int]]
 END: Message = (b"", [])
@@ -53,7 +51,7 @@ class GreenInterrupter:
 
     def __init__(self, in_hub: Callable[..., None]) -> None:
         self._in_hub = in_hub
-        self._main = _get_ident()
+        self._main = get_ident()
         self._aims: set[Run] = set()
         signal.signal(SIGNAL, self._on_signal)
 
