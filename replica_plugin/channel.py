@@ -34,7 +34,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .rest import Rest
+from .rest import NOW, Rest
 from .unpatched import socketpair
 
 VERSION = 3
@@ -52,7 +52,6 @@ _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SCM_CREDENTIALS = 2
 _WITH_DESCRIPTORS = (socket.SCM_RIGHTS, 4)  # and SCM_PIDFD, since Linux 6.5
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
 _PEEK = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
@@ -227,7 +226,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(sock: socket.socket, data: bytes, *fds: int) -> None:
     """Send a message and descriptors at once or not at all. Raises OSError."""
-    sock.sendmsg((data,), _rights(*fds), _NOW)
+    sock.sendmsg((data,), _rights(*fds), NOW)
 
 
 def _rights(*fds: int) -> list[tuple[int, int, array.array[int]]]:
@@ -310,6 +309,10 @@ class ProcessEnd:
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
                     raise
                 self._wait(error.errno == errno.EAGAIN)
+
+    def tell_now(self, message: bytes) -> None:
+        """Tell the dispatcher if there is room. Raises OSError."""
+        self.sock.send(message, NOW)
 
     def leave(self, report: Report, rest: Rest) -> bool:
         """Tell REST; False if there is nobody to take it.

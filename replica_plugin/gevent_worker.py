@@ -57,7 +57,6 @@ from .unpatched import get_ident, start_thread
 from .worker import ReplicaWorker
 
 TURN = 0.25  # seconds between two signs of life of the hub, and two looks at it
-_TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 class GeventWorker(ReplicaWorker):
@@ -152,7 +151,7 @@ class GeventWorker(ReplicaWorker):
         self._cells.turn()
         if late and self._channel is not None:
             with suppress(OSError):  # no room, or a dispatcher that died: it looks once a second
-                self._channel.sock.send(TURNING, _TELL)
+                self._channel.tell_now(TURNING)
 
     def _run_errands(self) -> None:
         while self._errands:
@@ -219,7 +218,7 @@ class GeventWorker(ReplicaWorker):
             return
         share = (time.process_time() - self._cpu_at_turn) / stood
         stall = Stall(share, place).encode()
-        channel.sock.send(Report(Kind.STALLED, request, carry=stall).encode(), _TELL)
+        channel.tell_now(Report(Kind.STALLED, request, carry=stall).encode())
         self._explained = True
 
 

@@ -45,7 +45,6 @@ ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispat
 ASKED = 0.5  # seconds after TERM in which the master may say that it was for all, and we stay
 TURN = 1.0  # seconds between two heartbeats at most
 LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def _hear_alone() -> None:
@@ -387,7 +386,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         kind = Kind.OVERDUE if run.was_answered else Kind.UNFINISHED
         stack = run.tale.encode("utf-8", "replace")
         try:
-            channel.sock.send(Report(kind, run.request, carry=stack).encode(), _NOW)
+            channel.tell_now(Report(kind, run.request, carry=stack).encode())
         except OSError:  # no room, or a dispatcher that died: again in the next turn
             return False
         return True
@@ -434,7 +433,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._alone_since = None
         if channel is not self._told and not self._until_leave():
             with suppress(OSError):  # no room, or a dispatcher that died: again in the next turn
-                channel.sock.send(LEAVING, _NOW)
+                channel.tell_now(LEAVING)
                 self._told = channel
 
     def _end_if_alone(self, now: float) -> None:
