@@ -85,8 +85,9 @@ class Dispatcher:
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._nudged = (frame.nudge, select.EPOLLIN)  # as epoll says it
         self._tick_at = 0.0
-        self._spared = frame.replica_page.read().spared
-        self._decisions.roster.was_ready = self._heritage.was_ready
+        before = frame.replica_page.read()
+        self._spared = before.spared
+        self._decisions.roster.was_ready = bool(before.was_ready)
         for age, slots, _ in self._heritage.rows():
             self._decisions.expected(age, slots)
         for fd in (frame.nudge, frame.master_pidfd):
