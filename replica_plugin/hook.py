@@ -182,7 +182,7 @@ def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
     """A new process has the master's handlers, which would lose a signal: until `_post_fork` it
     waits. Nothing that a user's hook starts is to be born like that: so this comes last."""
     if _master is not None:
-        _master.before_fork(worker.age)
+        _master.tell(worker.age)
         signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
 
 

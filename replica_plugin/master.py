@@ -20,7 +20,6 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -94,7 +93,7 @@ class Master:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
         self.load_page = LoadPage()
-        self.control, self._control_out = control_pair()
+        self.control, self.control_out = control_pair()  # processes write to the second
         self._arbiter = arbiter
         self._stop: Stop | None = None
         self._draining = False
@@ -120,10 +119,6 @@ class Master:
         # Now, for the working directory may be deleted while we serve.
         self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
         self.tell()
-
-    def before_fork(self, age: int) -> None:
-        """A process of this age is about to be born."""
-        self.tell(age)
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
@@ -280,10 +275,6 @@ class Master:
             os.close(fd)
         self.page.only_read()
         self.replica_page.only_read()
-
-    def offer_socket(self) -> socket.socket:
-        """Where a process registers."""
-        return self._control_out
 
     def _start_supervisor(self) -> None:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""

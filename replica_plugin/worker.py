@@ -106,7 +106,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._response_buffer_total = master.settings.response_buffer_total
         wants_extra = self.may_have_extra and self.cfg.threads > 1 and master.settings.exempt
         self._extra = int(bool(wants_extra))
-        self._control = master.offer_socket()
+        self._control = master.control_out
         master.in_worker()
         self.sockets: list[Any] = []
         super().init_process()
