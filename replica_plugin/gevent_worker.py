@@ -88,7 +88,7 @@ class GeventWorker(ReplicaWorker):
     def _interrupter(self) -> Interrupter:
         return GreenInterrupter(self._in_hub)
 
-    def _serve(self, slots: list[Slot]) -> None:
+    def _serve(self) -> None:
         loop = gevent.get_hub().loop
         self._main = get_ident()
         self._changed = gevent.event.Event()
@@ -98,7 +98,7 @@ class GeventWorker(ReplicaWorker):
         self._turned_at, self._cpu_at_turn = time.monotonic(), time.process_time()
         self._timer = loop.timer(0.0, TURN)
         self._timer.start(self._turn)
-        for slot in slots:
+        for slot in self._slots:
             gevent.spawn(self._run_slot, slot)
         start_thread(self._attend_beside, "replica-attendant")
         self._ended.wait()

@@ -102,8 +102,6 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             sys.exit(3)
         self._master = master
         self._replica_page = master.replica_page
-        self._response_buffer = master.settings.response_buffer
-        self._response_buffer_total = master.settings.response_buffer_total
         wants_extra = self.may_have_extra and self.cfg.threads > 1 and master.settings.exempt
         self._extra = int(bool(wants_extra))
         self._control = master.control_out
@@ -174,7 +172,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             after_in_parent=self._let_signals_come,
             after_in_child=self._part_from_parent,
         )
-        self._serve(self._slots)
+        self._serve()
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
@@ -221,7 +219,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """How the code of its requests is interrupted."""
         raise NotImplementedError
 
-    def _serve(self, slots: list[Slot]) -> None:
+    def _serve(self) -> None:
         """Run the slots, and the attendant beside them, until all slots have ended."""
         raise NotImplementedError
 
@@ -276,8 +274,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         Of all together the dispatcher's page tells; so they may exceed response_buffer_total by
         what slots leave at one and the same moment, p*t times response_buffer at most.
         """
-        unsent = self._replica_page.read().unsent
-        return min(self._response_buffer, max(0, self._response_buffer_total - unsent))
+        settings, unsent = self._master.settings, self._replica_page.read().unsent
+        return min(settings.response_buffer, max(0, settings.response_buffer_total - unsent))
 
     def count_request(self) -> None:
         """A slot is about to call the app; after max_requests the process asks to leave."""
