@@ -115,19 +115,14 @@ class ClientSocket(Socket):
     def send(self, data: Any, flags: int = 0) -> int:
         """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
         try:
-            return super().send(data, flags | NOW)
-        except BlockingIOError:
-            return self._send_later(data, flags)
+            try:
+                return super().send(data, flags | NOW)
+            except BlockingIOError:
+                while not (sent := self._send_some(data, flags)):
+                    pass
+                return sent
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
-
-    def _send_later(self, data: Any, flags: int) -> int:
-        try:
-            while not (sent := self._send_some(data, flags)):
-                pass
-        except OSError as error:
-            raise self._noted(error, SendTimeoutError) from None
-        return sent
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """As socket.sendall; holds the head. Raises SendTimeoutError."""
