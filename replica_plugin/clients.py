@@ -209,7 +209,6 @@ class Clients:
     def conclude(self, conn: Connection, answer: Answer, now: float) -> None:
         """A process has given this answer in place of its slot, which goes on for a while."""
         self._judge.on_answered(conn, answer, now)
-        self._untime(conn)
         self._endings.linger(conn, now)
 
     def answer(self, conn: Connection, answer: Answer, now: float) -> None:
