@@ -7,7 +7,7 @@ check it (`check_config`), right before `when_ready`; so it does not matter whic
 user's file defines, above our line or below.
 
     configuration read -> nworkers_changed -> listeners -> check_config -> when_ready -> fork
-    reload: configuration read -> setup (wrapped, master.py) -> on_reload -> fork
+    reload: configuration read -> setup (wrapped: `_wrap`) -> on_reload -> fork
 
 gunicorn's `reload` (since 27) waits at its end for the old processes, up to graceful_timeout,
 and sees no signal meanwhile. Ours leave later than that, when their successors are ready; so

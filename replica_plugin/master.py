@@ -4,14 +4,13 @@ The master runs no code of ours but these hooks, each of which writes what is wa
 the master's page and nudges whoever reads it. Nothing is sent that could be lost: a helper
 that was not there reads the page when it comes.
 
-gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods are
-wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
+gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods hook.py
+wraps on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
 again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost),
-`manage_workers` (a supervisor that died is replaced),
-`reap_workers` (a stop comes to its end, whatever processes end with),
-`kill_workers` (a stop is hurried with QUIT), `reexec` (another master shares our sockets) and
-`handle_usr1` (logs are reopened).
+`manage_workers` (a supervisor that died is replaced), `reap_workers` (a stop comes to its end,
+whatever processes end with), `kill_workers` (a stop is hurried with QUIT), `reexec` (another
+master shares our sockets) and `handle_usr1` (logs are reopened).
 """
 
 from __future__ import annotations

@@ -29,10 +29,8 @@ NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a micro
 
 
 def queued(sock: socket.socket) -> int:
-    """How many bytes lie in the kernel that the client has not taken yet.
-
-    None if a process has made a listener of it.
-    """
+    """How many bytes lie in the kernel that the client has not taken yet; 0 if a process has made a
+    listener of it."""
     count = array.array("i", [0])
     try:
         fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)

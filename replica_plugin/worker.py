@@ -1,7 +1,7 @@
 """What gunicorn's worker is with us: a process with t slots, and an attendant beside them.
 
-With t > 1 and exempt paths there is one slot more: they are all alike, and the dispatcher sees
-to it that never more than t requests run that are not exempt.
+In thread mode, with t > 1 and exempt paths, there is one slot more: they are all alike, and the
+dispatcher sees to it that never more than t requests run that are not exempt.
 
 The attendant watches over what is not a request: gunicorn's heartbeat, signals, the master,
 the dispatcher (registration.py). Which threads slots and attendant are is the business of
