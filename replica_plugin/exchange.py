@@ -294,13 +294,13 @@ class Exchange:
             return End.ABORT
         if isinstance(error, OverdueError):
             return self._overdue()
-        if self._sock.answering and not isinstance(error, _CutShortError):
+        if isinstance(error, _CutShortError):
+            return End.LINGER
+        if self._sock.answering:
             self._log.exception("Error after the response to %s", self._request.uri)
             return End.LINGER
-        if not isinstance(error, _CutShortError):
-            self._worker.handle_error(self._request, self._sock, self._job.client, error)
-            return self._told()
-        return End.LINGER
+        self._worker.handle_error(self._request, self._sock, self._job.client, error)
+        return self._told()
 
     @property
     def _is_too_late(self) -> bool:
