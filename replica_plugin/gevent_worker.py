@@ -132,10 +132,6 @@ class GeventWorker(ReplicaWorker):
             self._changed.wait()
         return self._channel if self.serving else None
 
-    def lost(self, channel: ProcessEnd) -> None:
-        if self._channel is channel and self.serving:  # else `dismissed` has shut it
-            self._channel = None
-
     def _take_up(self, sock: socket.socket, deck: socket.socket) -> None:
         self._channel = GreenEnd(sock, deck)
         if self._dead is not sock:

@@ -68,8 +68,7 @@ class ThreadWorker(ReplicaWorker):
 
     def lost(self, channel: ProcessEnd) -> None:
         with self._change:
-            if self._channel is channel and self.serving:  # else `dismissed` has shut it
-                self._channel = None
+            super().lost(channel)
 
     def _found(self, sock: socket.socket, deck: socket.socket) -> None:
         with self._change:

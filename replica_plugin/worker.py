@@ -246,8 +246,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         raise NotImplementedError
 
     def lost(self, channel: ProcessEnd) -> None:
-        """This channel has come to an end; its dispatcher is dead."""
-        raise NotImplementedError
+        """This channel has ended: its dispatcher is dead, unless `dismissed` has shut it."""
+        if self._channel is channel and self.serving:
+            self._channel = None
 
     def dismissed(self, channel: ProcessEnd) -> None:
         """A slot was told LEAVE: nothing lies behind it on the channel, all slots may end."""
