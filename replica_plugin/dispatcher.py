@@ -189,7 +189,7 @@ class Dispatcher:
         self._journal.tick(now)
         self.perform(self._decisions.tick(now), now)
         self._stopping.tick(self._wishes.live, now)
-        self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
+        self._ready_file.show(self._wishes.ready_file, self._decisions.roster.is_ready, now)
         self._frame.replica_page.write(self._numbers(now))
 
     def _numbers(self, now: float) -> Numbers:
@@ -231,15 +231,11 @@ class Dispatcher:
     def on_shortage(self, now: float) -> None:
         self._journal.shortage(now)
 
-    @property
-    def _is_ready(self) -> bool:
-        return self._decisions.roster.is_ready and not self._wishes.draining
-
     def probe(self, name: bytes) -> answers.Answer:
+        roster = self._decisions.roster
         if name.endswith(b"readyz"):
-            return answers.probe(self._is_ready, "ready", "not ready")
-        healthy = self._decisions.roster.is_healthy
-        return answers.probe(healthy, "healthy", "no process is usable or booting")
+            return answers.probe(roster.is_ready, "ready", "not ready")
+        return answers.probe(roster.is_healthy, "healthy", "no process is usable or booting")
 
     # What the processes' side tells (processes.Office).
 
