@@ -111,7 +111,6 @@ class Supervisor:
         self._pidfd = -1
         self._born = 0.0
         self._watched = 0.0
-        self._orphaned = False
 
     def run(self) -> None:
         gc.collect()
@@ -203,7 +202,7 @@ class Supervisor:
         self._poll.unregister(self._pidfd)
         os.close(self._pidfd)
         if self._replica_page.read().beat != math.inf:
-            if self._orphaned:
+            if is_dead(self._inheritance.master_pidfd):
                 sys.exit(1)
             self._journal.error("The dispatcher (pid %d) died (%s): restarting it", self._pid, code)
             if code > 0 and time.monotonic() - self._born < SHORT_LIFE:
@@ -245,5 +244,4 @@ class Supervisor:
     def _on_master_death(self) -> None:
         """The dispatcher knows too, finishes, and ends; nothing is restarted after that."""
         self._poll.unregister(self._inheritance.master_pidfd)
-        self._orphaned = True
         self._close_listeners()
