@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from .rest import NOW, Rest
 from .unpatched import socketpair
 
-VERSION = 3
+VERSION = 4
 PAUSE = 0.01  # seconds until the next attempt while the kernel has no memory for a message
 LARGEST = 1 << 16
 """Bytes of the largest message. Half of it is for `ahead` and `carry`, so that each job fits: a
@@ -47,7 +47,6 @@ _ADDRESS = 1024  # characters of the longest address, as Python writes it
 _STALL = 4096  # bytes of the longest Stall
 _REPORT = struct.Struct("=BBQIQ")
 _LONGEST = _REPORT.size + LARGEST // 2  # report that a request is done
-_RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SCM_CREDENTIALS = 2
@@ -129,8 +128,7 @@ class Report(NamedTuple):
     took: int = 0
 
     def encode(self) -> bytes:
-        end = self.end if self.rest is None else self.end | _RESTS
-        start = _REPORT.pack(self.kind, end, self.request, len(self.ahead), self.took)
+        start = _REPORT.pack(self.kind, self.end, self.request, len(self.ahead), self.took)
         return b"".join((start, self.ahead, self.carry))
 
 
@@ -144,10 +142,10 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
         if len(data) < _REPORT.size:
             raise ValueError("too short for a report")
         kind, end, request, ahead, took = _REPORT.unpack_from(data)
-        if fds and (len(fds) > 1 or kind != Kind.REST or not end & _RESTS):
+        if fds and (len(fds) > 1 or kind != Kind.REST):
             raise ValueError("a descriptor too many")
-        if end & _RESTS:
-            end = end ^ _RESTS if fds else End.ABORT
+        if kind == Kind.REST and not fds:
+            end = End.ABORT
         split = _REPORT.size + ahead
         if kind > Kind.REST or end > End.UNTAKEN or split > len(data):
             raise ValueError("unknown, or cut short")

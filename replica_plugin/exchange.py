@@ -232,7 +232,7 @@ class Exchange:
         The app has no descriptor then by which it could read the next request as this one's body.
         """
         rest = self._sock.rest()
-        report = self._report(end)._replace(kind=Kind.REST, rest=rest)
+        report = self._report(end)._replace(kind=Kind.REST)
         self._given = rest is not None and self._run.channel.leave(report, rest)
         if self._given:
             self._sock.discard()
