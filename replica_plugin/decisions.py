@@ -324,8 +324,8 @@ class Decisions:
             self.clear_deck()
         limit = self.rules.wait_limit
         late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
-        overdue = self._see_to_overdue(now) if self._overtime or self._with_stuck() else []
-        return [*(Refuse(request, Why.WAITED) for request in late), *overdue, *self._start(now)]
+        refused = (Refuse(request, Why.WAITED) for request in late)
+        return [*refused, *self._see_to_overdue(now), *self._start(now)]
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
