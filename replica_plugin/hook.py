@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from gunicorn.errors import HaltServer
 
 from . import boot, stats
 from .config.load import Loaded, load
+from .config.settings import Settings
 from .errors import BootError, ConfigError, Place, Problem
 
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
@@ -269,7 +271,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         ours.tell()
 
     def wrapped_setup(app: Any) -> None:
-        _before_reload(arbiter, app.cfg)
+        _before_reload(arbiter, app.cfg, ours.settings)
         setup(app)
         _after_reload(arbiter, ours)
 
@@ -316,30 +318,42 @@ def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:
         os._exit(1)
 
 
-def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
-    """Undo what a reload cannot change, and add our hooks to the new configuration."""
+def _before_reload(arbiter: Arbiter, cfg: Config, settings: Settings) -> None:
+    """Undo what a reload cannot change, and what cannot hold; `settings` are ours from before. Add
+    our hooks to the new configuration."""
     if not _fresh:  # our worker class came without our line
         _load()
     fixed = ["bind", "preload_app"]
     if not (boot.is_ours(arbiter.cfg) and boot.is_ours(cfg)):
         fixed.append("worker_class")
-    if cfg.threads < 1:  # nothing would run, and processes begin and end in a circle
-        stays = arbiter.cfg.threads
-        arbiter.log.error("threads is %s, which is no slot; it stays %s", cfg.threads, stays)
-        cfg.set("threads", stays)
     for name in fixed:
         before = arbiter.cfg.settings[name].get()
         if cfg.settings[name].get() != before:
             arbiter.log.error("%s has changed, which needs a restart; it stays %s", name, before)
             cfg.settings[name].value = before
+    _leave_alone(arbiter, cfg, settings)
     _add_hooks(cfg)
+
+
+def _leave_alone(arbiter: Arbiter, cfg: Config, settings: Settings) -> None:
+    """Put what is refused back to what it was; and what does not go with that, in its turn."""
+    global _loaded
+    assert _loaded is not None
+    told: list[str] = []
+    while found := [each for each in boot.refusals(cfg, _loaded) if each.told not in told]:
+        for name in {name for refusal in found for name in refusal.settings}:
+            if name in cfg.settings:
+                cfg.settings[name].value = arbiter.cfg.settings[name].get()
+            elif hasattr(settings, name):
+                ours = replace(_loaded.settings, **{name: getattr(settings, name)})
+                _loaded = replace(_loaded, settings=ours)
+        told += [refusal.told for refusal in found]
+    if told:
+        arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(told))
 
 
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
-    problems = boot.refusals(arbiter.cfg, _loaded)
-    if problems:
-        arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
     _tell_overrides(arbiter.cfg, arbiter.log)
     if arbiter.cfg.preload_app:
         arbiter.log.warning(
@@ -382,7 +396,7 @@ def _before_listening(cfg: Config, log: Any) -> None:
         _forget_alone(cfg)
     problems = boot.refusals(cfg, loaded)
     if problems:
-        raise BootError("\n".join(problems))
+        raise BootError("\n".join(each.told for each in problems))
     _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
 
