@@ -44,6 +44,9 @@ QUICK = 2
 
 ENDINGS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
 
+HELD = (*ENDINGS, signal.SIGUSR1)
+"""Signals that wait while a new process has no handlers of its own for them."""
+
 _loaded: Loaded | None = None
 _log: Any = None  # gunicorn's, once it has read its configuration
 _master: Master | None = None
@@ -176,8 +179,8 @@ def _on_reload(arbiter: Arbiter) -> None:
 def _post_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
         _master.restore_timeout()
-        worker.leave_at_once_when_told()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        worker.hear_early()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
@@ -185,7 +188,7 @@ def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
     waits. Nothing that a user's hook starts is to be born like that: so this comes last."""
     if _master is not None:
         _master.before_fork(worker.age)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -252,7 +255,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         try:
             return spawn_worker()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()
