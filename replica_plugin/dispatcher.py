@@ -528,10 +528,11 @@ class Dispatcher:
             self._stopping.begin(wishes.stop, wishes, now)
 
     def _listen_if_served(self) -> None:
-        """Beside another master that serves, connections are its until our processes can, too."""
+        """Beside another master, which may serve, connections are its until our processes can, too.
+        Those that the dispatcher before us has left can, though all of them may be busy."""
         roster, listeners = self._decisions.roster, self._clients.listeners
-        waits = self._wishes.beside and not (roster.was_ready or roster.usable)
-        if not (waits or listeners.wanted or roster.stopping):
+        waits = self._wishes.beside and not (roster.usable or self._heritage.rows())
+        if not (listeners.wanted or roster.stopping or waits):
             listeners.accept_if(True)
 
     def _tell_unguarded(self) -> None:

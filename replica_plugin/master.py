@@ -121,7 +121,7 @@ class Master:
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
-        if bool(self._arbiter.master_pid) != self._beside:  # it has gone, and we are promoted
+        if self._is_beside() != self._beside:  # the other master has gone
             self.tell()
         if time.monotonic() - self._started_at >= SHORT_LIFE and is_dead(self._supervisor_pidfd):
             log = self._arbiter.log
@@ -154,7 +154,7 @@ class Master:
     def _wishes(self, forking: tuple[int, ...]) -> Wishes:
         cfg = self._arbiter.cfg
         self._most_threads = max(self._most_threads, cfg.threads)
-        self._beside = bool(self._arbiter.master_pid)
+        self._beside = self._is_beside()
         return Wishes(
             rules=Rules(
                 self._arbiter.num_workers,
@@ -181,11 +181,15 @@ class Master:
             reopen=self._reopen,
         )
 
+    def _is_beside(self) -> bool:
+        """Whether there is another master: the one that we have started, or that has started us."""
+        return bool(self._arbiter.reexec_pid or self._arbiter.master_pid)
+
     def _is_shared(self) -> bool:
         """Whether someone else has our listening sockets: another master, or who activated us."""
         arbiter = self._arbiter
         inherited = any(isinstance(address, int) for address in arbiter.cfg.address)  # fd://
-        return bool(inherited or arbiter.systemd or arbiter.reexec_pid or arbiter.master_pid)
+        return bool(inherited or arbiter.systemd or self._beside)
 
     def drain(self) -> bool:
         """Serve on for drain_delay while readyz says 503; False if that was cut short.

@@ -53,7 +53,7 @@ class Wishes:
     or behind it. `supervisor` is the pid of
     the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
     gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
-    will; `beside` that one of them is the master which has started this one, and serves;
+    will; `beside` that one of them is another master, after USR2, which may serve;
     `draining` that a stop is about to begin, and nothing new should be sent to us.
     """
 

@@ -84,6 +84,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._alone_since: float | None = None  # without a dispatcher, and wanting to leave
         self._dismissed_at: float | None = None
         self._working = 0
+        self._early_usr1 = False  # which came before there was a pipe
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
@@ -111,11 +112,21 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def init_signals(self) -> None:
         """gunicorn's handlers, and at once ours, before one that heeds nothing yet is called."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, hook.ENDINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, hook.HELD)
         super().init_signals()
         os.register_at_fork(after_in_child=_hear_alone)
         self.leave_at_once_when_told()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.HELD)
+        if self._early_usr1:
+            self._wake_attendant(signal.SIGUSR1)
+
+    def hear_early(self) -> None:
+        """In place of the master's handlers, from the fork to `init_signals`."""
+        self.leave_at_once_when_told()
+        signal.signal(signal.SIGUSR1, self._note_usr1)
+
+    def _note_usr1(self, sig: int, frame: Any) -> None:
+        self._early_usr1 = True
 
     def leave_at_once_when_told(self) -> None:
         """Until the app is loaded there is nothing to finish."""

@@ -134,17 +134,18 @@ def test_a_master_that_stops_leaves_a_shared_backlog_to_the_other_if_it_cannot_s
 
 
 @pytest.mark.parametrize(
-    ("beside", "was_ready", "listens"),
-    [(False, False, True), (True, False, False), (True, True, True)],
+    ("beside", "left", "listens"),
+    [(False, [], True), (True, [], False), (True, [(1, 1, 1)], True)],
 )
 def test_a_dispatcher_beside_another_master_listens_once_its_own_processes_can_serve(
-    replica, beside, was_ready, listens
+    replica, monkeypatch, beside, left, listens
 ):
-    """Those of a dispatcher that has just been born may all be busy."""
+    """Those that one has left to a dispatcher that has just been born may all be busy."""
     dispatcher = replica.dispatcher
     roster, listeners = dispatcher._decisions.roster, dispatcher._clients.listeners
     listeners.accept_if(False)
-    roster.was_ready, roster.usable = was_ready, []
+    roster.usable = []
+    monkeypatch.setattr(dispatcher._heritage, "rows", lambda: left)
     dispatcher._wishes = replace(dispatcher._wishes, beside=beside)
     dispatcher._listen_if_served()
     assert listeners.wanted == listens
