@@ -353,12 +353,15 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
 def _forget(*names: str) -> None:
     """Have a reload read the settings anew: an import would find what was imported already.
 
-    Not sooner than right before it: the app may import such a module, too.
+    Not sooner than right before it: the app may import such a module, too. What a package holds
+    goes with it, for whoever imports that again does not give it to the new package.
     """
     global _fresh
     _fresh = False
-    for name in {"replica_plugin.conf", *names} - {"__main__"}:
-        module = sys.modules.pop(name, None)
+    taken = {"replica_plugin.conf", *names} - {"__main__"}
+    within = tuple(f"{name}." for name in taken)
+    for name in [each for each in sys.modules if each in taken or each.startswith(within)]:
+        module = sys.modules.pop(name)
         package, _, last = name.rpartition(".")
         around = vars(sys.modules[package]) if package in sys.modules else {}
         if module is not None and around.get(last) is module:  # for `from package import module`

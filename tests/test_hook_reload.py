@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 
 import pytest
-from server import OURS, wait_for
+from server import OURS, wait_for, write_files
 from test_hook_start import APP, IMPORT, messages
 
 FORMS = {
@@ -229,12 +229,26 @@ def test_without_a_dispatcher_hup_reads_the_settings_too(start, form):
     server.wait_ready()  # gthread resets connections while it reloads
 
 
-def test_the_settings_of_gunicorn_that_the_dispatcher_uses_change_with_hup(start):
+KEEPALIVE = {
+    "file": ((), {"gunicorn.conf.py": IMPORT + "keepalive = {}\n"}),
+    "package": (
+        ("-c", "python:own"),
+        {
+            "own/__init__.py": "import own.limits\n" + IMPORT + "keepalive = own.limits.KEPT\n",
+            "own/limits.py": "KEPT = {}\n",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("form", KEEPALIVE)
+def test_the_settings_of_gunicorn_that_the_dispatcher_uses_change_with_hup(start, form):
     """The limit of a request's line, which the dispatcher looks at, and keepalive."""
-    server = start(base=(), files={"gunicorn.conf.py": IMPORT + "keepalive = 0\n"})
+    base, files = KEEPALIVE[form]
+    server = start(base=base, files={name: text.format(0) for name, text in files.items()})
     with server.connect() as client:
         assert client.get("/-/healthz").headers["Connection"] == "close"
-    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "keepalive = 5\n")
+    write_files(server.folder, {name: text.format(10) for name, text in files.items()})
     reload(server)
 
     def kept():
