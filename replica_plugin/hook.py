@@ -35,8 +35,6 @@ from .errors import BootError, ConfigError, Place, Problem
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
     from .master import Arbiter, Master
 
-_IMPORTING = ("importlib", __package__)  # whose frames lie between a user's files and us
-
 QUICK = 2
 """Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
 
@@ -70,7 +68,7 @@ def gunicorn_settings() -> dict[str, Any]:
 def _beside_one_above() -> Callable[..., None]:
     """Ours, and the one that the user's file has defined above our line, which it replaces."""
     files = list(_files_above())
-    _taken_by.update(each["__name__"] for each in files)
+    _taken_by.update(each.get("__name__", "") for each in files)
     theirs = files[0].get("nworkers_changed") if files else None
     if theirs is None:
         return nworkers_changed
@@ -83,13 +81,17 @@ def _beside_one_above() -> Callable[..., None]:
 
 
 def _files_above() -> Iterator[dict[str, Any]]:
-    """The globals of the user's files that are being imported, from the one with our line on."""
+    """The globals of the user's files that are being read, from the one with our line on.
+
+    What a file calls to import another, such as a tracer's import hook, is none of them. What it
+    executes is, and may have no name.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        package = frame.f_globals["__name__"].partition(".")[0]
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package == "gunicorn":
             return
-        if package not in _IMPORTING:
+        if package != __package__ and frame.f_code.co_name == "<module>":
             yield frame.f_globals
         frame = frame.f_back
 
