@@ -130,6 +130,21 @@ def test_a_broken_yaml_is_told_at_hup_and_the_old_settings_hold_until_it_is_mend
     server.wait_numbers(processes=3, slots=3)
 
 
+def test_the_longest_settings_can_be_told_at_hup_and_what_is_longer_is_left_out(start):
+    text = (
+        IMPORT
+        + "logconfig_dict = dict(version=1, x='x' * (1 << {}))\n"
+        + "proc_name = statsd_prefix = syslog_prefix = '\U0001f600' * 5000\n"
+    )
+    server = start(base=(), files={"gunicorn.conf.py": text.format(2)})
+    (server.folder / "gunicorn.conf.py").write_text(text.format(22))
+    quotes = '"' * 15_998
+    longest = {"exempt": ["/" + quotes], "ready_file": "\U0001f600" * 16_000}
+    reload(server, {**longest, "probes": f"/{quotes}/"})
+    server.wait_log("ready_file .* cannot be kept: File name too long")
+    assert server.get("/hello").status == 200
+
+
 def test_a_bound_below_the_command_lines_slots_is_told_at_hup_and_does_not_stop_us(start):
     server = start("-w", "2", "--threads", "2", config={})
     reload(server, {"max_replica_concurrency": 3})
