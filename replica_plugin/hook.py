@@ -141,8 +141,7 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
 def _stay_without(arbiter: Arbiter) -> None:
     """A reload has brought us, of whom gunicorn asks nothing any more before it forks (see above);
     without a dispatcher workers of ours would end, and gunicorn with them."""
-    assert _loaded is not None
-    stays = boot.FALLBACKS[_loaded.settings.mode]
+    stays = boot.FALLBACKS[boot.mode(arbiter.cfg)]
     arbiter.log.error("A replica needs a restart of gunicorn; until then its own %s serves", stays)
     arbiter.cfg.set("worker_class", stays)
     arbiter.worker_class = arbiter.cfg.worker_class
@@ -166,7 +165,7 @@ def _when_ready(arbiter: Arbiter) -> None:
     _master = Master(arbiter, _loaded.settings)
     stats.share(_master.replica_page)
     _wrap(arbiter, _master)
-    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
+    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg, _loaded))
 
 
 def _on_reload(arbiter: Arbiter) -> None:
@@ -349,7 +348,7 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
             "changed code restart gunicorn, or use USR2"
         )
     ours.adopt(_loaded.settings)
-    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
+    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg, _loaded))
 
 
 def _forget(*names: str) -> None:

@@ -231,6 +231,20 @@ def test_with_one_thread_a_timeout_that_can_come_before_request_timeout_is_said(
     assert messages(server.log, "WARNING") == said[:told]
 
 
+@pytest.mark.parametrize(("said", "used"), [("gevent", "thread"), ("thread", "gevent")])
+def test_the_worker_class_decides_the_mode_and_what_follows_from_it(start, said, used):
+    pytest.importorskip("gevent")
+    worker = f"replica_plugin.{used}_worker.{used.title()}Worker"
+    config = {"mode": said, "request_timeout": "30s"}
+    server = start("-k", worker, "--timeout", "30", config=config)
+    server.wait_log(f"1 request at a time \\({used} mode\\)")
+    conflict, *others = messages(server.log, "WARNING")
+    assert conflict == (
+        f"Conflict: gunicorn's worker_class ({used}) wins over mode: {said} (replica.yaml:1)"
+    )
+    assert len(others) == (used == "thread")  # with one thread, timeout before request_timeout
+
+
 @pytest.mark.parametrize(
     ("arguments", "env", "p", "t"),
     [
