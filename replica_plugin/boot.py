@@ -48,18 +48,26 @@ def missing(mode: str) -> str | None:
 
 def is_ours(cfg: Config) -> bool:
     """Whether the worker class is one of ours, or made from one."""
-    made_from = cfg.worker_class.__mro__
-    return any(f"{each.__module__}.{each.__qualname__}" == _BASE for each in made_from)
+    return _BASE in _made_from(cfg)
 
 
-def describe(processes: int, threads: int, loaded: Loaded) -> str:
+def mode(cfg: Config) -> str:
+    """What a slot is, in a worker class of ours: it decides, whatever the settings say."""
+    return "gevent" if WORKERS["gevent"] in _made_from(cfg) else "thread"
+
+
+def _made_from(cfg: Config) -> set[str]:
+    return {f"{each.__module__}.{each.__qualname__}" for each in cfg.worker_class.__mro__}
+
+
+def describe(processes: int, cfg: Config, loaded: Loaded) -> str:
     """The replica in one line."""
     bound = loaded.settings.max_replica_concurrency
-    slots = processes * threads
+    slots = processes * cfg.threads
     return (
-        f"Replica: {_count(processes, 'process', 'es')} x {_count(threads, 'thread')} = "
+        f"Replica: {_count(processes, 'process', 'es')} x {_count(cfg.threads, 'thread')} = "
         f"{_count(slots, 'request')} at a time "
-        f"({loaded.settings.mode} mode), up to {max(0, bound - slots)} waiting "
+        f"({mode(cfg)} mode), up to {max(0, bound - slots)} waiting "
         f"(max_replica_concurrency {bound}), from {loaded.file or 'defaults'}"
     )
 
@@ -73,6 +81,7 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
     if not is_ours(cfg):
         return [_without_dispatcher(cfg)]
     pairs = (
+        ("mode", "worker_class", mode(cfg)),
         ("processes_per_replica", "workers", cfg.workers),
         ("threads_per_process", "threads", cfg.threads),
     )
@@ -88,7 +97,7 @@ def overrides(cfg: Config, loaded: Loaded) -> list[str]:
             f"({loaded.sources['preload']})"
         )
     limit = loaded.settings.request_timeout
-    watched = cfg.threads == 1 and loaded.settings.mode == "thread"
+    watched = cfg.threads == 1 and mode(cfg) == "thread"
     if limit is not None and watched and 0 < cfg.timeout <= limit:
         found.append(_first_comes_timeout(cfg.timeout, limit, loaded))
     return found

@@ -58,7 +58,12 @@ class Head(NamedTuple):
         """With little of a long text, lest all that wait together take what memory there is."""
         if len(self.text) <= HEAD_KEPT:
             return self
-        return self._replace(text=self.text[:HEAD_KEPT], plain=self.is_plain)
+        return self._replace(
+            text=self.text[:HEAD_KEPT],
+            method=self.method[:HEAD_KEPT],
+            path=self.path[:HEAD_KEPT],  # longer than any probe's, or one that is exempt
+            plain=self.is_plain,
+        )
 
     @property
     def is_plain(self) -> bool:

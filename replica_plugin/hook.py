@@ -37,8 +37,6 @@ from .errors import BootError, ConfigError, Place, Problem
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
     from .master import Arbiter, Master
 
-_IMPORTING = ("importlib", __package__)  # whose frames lie between a user's files and us
-
 QUICK = 2
 """Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
 
@@ -75,7 +73,7 @@ def gunicorn_settings() -> dict[str, Any]:
 def _beside_one_above() -> Callable[..., None]:
     """Ours, and the one that the user's file has defined above our line, which it replaces."""
     files = list(_files_above())
-    _taken_by.update(each["__name__"] for each in files)
+    _taken_by.update(each.get("__name__", "") for each in files)
     theirs = files[0].get("nworkers_changed") if files else None
     if theirs is None:
         return nworkers_changed
@@ -88,13 +86,17 @@ def _beside_one_above() -> Callable[..., None]:
 
 
 def _files_above() -> Iterator[dict[str, Any]]:
-    """The globals of the user's files that are being imported, from the one with our line on."""
+    """The globals of the user's files that are being read, from the one with our line on.
+
+    What a file calls to import another, such as a tracer's import hook, is none of them. What it
+    executes is, and may have no name.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        package = frame.f_globals["__name__"].partition(".")[0]
+        package = frame.f_globals.get("__name__", "").partition(".")[0]
         if package == "gunicorn":
             return
-        if package not in _IMPORTING:
+        if package != __package__ and frame.f_code.co_name == "<module>":
             yield frame.f_globals
         frame = frame.f_back
 
@@ -144,8 +146,7 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
 def _stay_without(arbiter: Arbiter) -> None:
     """A reload has brought us, of whom gunicorn asks nothing any more before it forks (see above);
     without a dispatcher workers of ours would end, and gunicorn with them."""
-    assert _loaded is not None
-    stays = boot.FALLBACKS[_loaded.settings.mode]
+    stays = boot.FALLBACKS[boot.mode(arbiter.cfg)]
     arbiter.log.error("A replica needs a restart of gunicorn; until then its own %s serves", stays)
     arbiter.cfg.set("worker_class", stays)
     arbiter.worker_class = arbiter.cfg.worker_class
@@ -169,7 +170,7 @@ def _when_ready(arbiter: Arbiter) -> None:
     _master = Master(arbiter, _loaded.settings)
     stats.share(_master.replica_page)
     _wrap(arbiter, _master)
-    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
+    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg, _loaded))
 
 
 def _on_reload(arbiter: Arbiter) -> None:
@@ -364,18 +365,21 @@ def _after_reload(arbiter: Arbiter, ours: Master) -> None:
             "changed code restart gunicorn, or use USR2"
         )
     ours.adopt(_loaded.settings)
-    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg.threads, _loaded))
+    arbiter.log.info("%s", boot.describe(arbiter.num_workers, arbiter.cfg, _loaded))
 
 
 def _forget(*names: str) -> None:
     """Have a reload read the settings anew: an import would find what was imported already.
 
-    Not sooner than right before it: the app may import such a module, too.
+    Not sooner than right before it: the app may import such a module, too. What a package holds
+    goes with it, for whoever imports that again does not give it to the new package.
     """
     global _fresh
     _fresh = False
-    for name in {"replica_plugin.conf", *names} - {"__main__"}:
-        module = sys.modules.pop(name, None)
+    taken = {"replica_plugin.conf", *names} - {"__main__"}
+    within = tuple(f"{name}." for name in taken)
+    for name in [each for each in sys.modules if each in taken or each.startswith(within)]:
+        module = sys.modules.pop(name)
         package, _, last = name.rpartition(".")
         around = vars(sys.modules[package]) if package in sys.modules else {}
         if module is not None and around.get(last) is module:  # for `from package import module`

@@ -54,6 +54,7 @@ _FLAGS = ("-I", "-B") if sys.dont_write_bytecode else ("-I",)
 
 LEAVE_TIME = 0.5  # seconds after graceful_timeout at which helpers that are still there are killed
 SHORT_LIFE = 1.0  # seconds between two starts of a supervisor, at least
+LARGEST_TOLD = 1 << 15  # bytes of a setting of gunicorn's, such as logconfig_dict
 PAUSE = 0.1  # seconds between two looks at processes and signals during drain_delay
 
 
@@ -171,7 +172,7 @@ class Master:
             most_threads=self._most_threads,
             graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
-            logging={name: _plain(cfg, name) for name in journal.SETTINGS},
+            logging=_logging(cfg),
             supervisor=self._supervisor,
             ready_file=self._ready_file,
             shared=self._is_shared(),
@@ -321,15 +322,17 @@ def _import_path() -> list[str]:
     return list(dict.fromkeys(str(file.resolve().parent.parent) for file in packages))
 
 
-def _plain(cfg: Config, name: str) -> Any:
-    """A setting of gunicorn's, if this version has it and JSON can hold it."""
-    setting = cfg.settings.get(name)
-    value = setting.get() if setting is not None else None
+def _logging(cfg: Config) -> dict[str, Any]:
+    """gunicorn's settings for its logs, of those that this version has, JSON can hold, and fit."""
+    values = {name: cfg.settings[name].get() for name in journal.SETTINGS if name in cfg.settings}
+    return {name: value for name, value in values.items() if _can_be_told(value)}
+
+
+def _can_be_told(value: Any) -> bool:
     try:
-        json.dumps(value)
+        return len(json.dumps(value)) <= LARGEST_TOLD
     except (TypeError, ValueError):
-        return None
-    return value
+        return False
 
 
 def _serving(settings: Settings, cfg: Config) -> Serving:

@@ -32,7 +32,7 @@ from typing import Any, NamedTuple
 
 _BLOB = struct.Struct("=QII")  # turn; length and checksum of the JSON text that follows
 _LOOKS = 100  # at a page on which something is written all the time
-_MASTER_SIZE = 1 << 20
+_MASTER_SIZE = 1 << 21  # the longest settings fit (config/values.py, master.py)
 _TABLE_OFFSET = 256
 _REPLICA_SIZE = 1 << 16
 _LOAD_SIZE = 1 << 14

@@ -7,8 +7,10 @@ removes what a replica left behind that was killed as a whole.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -48,9 +50,14 @@ class ReadyFile:
 def remove(path: str, master: int | None = None) -> None:
     """Remove the file, if it is one of ours; of this master, if one is given."""
     with suppress(FileNotFoundError):
-        with open(path, errors="replace") as file:
-            text = file.read(32)
-        if re.fullmatch(r"[0-9]+\n", text) and master in (None, int(text)):
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe would wait for a writer
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise OSError(errno.EINVAL, "it is no regular file")
+            text = os.read(fd, 32)
+        finally:
+            os.close(fd)
+        if re.fullmatch(rb"[0-9]+\n", text) and master in (None, int(text)):
             os.unlink(path)
 
 

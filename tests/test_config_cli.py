@@ -215,3 +215,17 @@ def test_a_reader_that_has_gone_gets_no_traceback() -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+def test_a_terminal_that_lacks_a_character_is_shown_its_number() -> None:
+    Path("größe.yaml").write_text("ready_file: /größe\n", encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "replica_plugin", "check", "größe.yaml"],
+        capture_output=True,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    line = next(line for line in done.stdout.splitlines() if line.startswith(b"ready_file"))
+    assert line.split() == [b"ready_file", rb"/gr\xf6\xdfe", rb"gr\xf6\xdfe.yaml:1"]

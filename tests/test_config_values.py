@@ -256,5 +256,19 @@ def test_a_key_that_does_nothing_yet_has_its_rule(key: str, value: str, message:
     assert refusal(key, value) == message
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("exempt", f"[{', '.join(['/1234567'] * 2000)}{{}}]"),
+        ("probes", f"/{'x' * 15_998}{{}}/"),
+        ("ready_file", f"{'x' * 16_000}{{}}"),
+    ],
+)
+def test_what_the_master_passes_on_has_a_limit(key: str, value: str) -> None:
+    read(key, value.format(""))
+    longer = value.format(", /" if key == "exempt" else "x")
+    assert refusal(key, longer) == "must have at most 16000 characters in all (got 16001)"
+
+
 def test_an_unknown_mode_is_refused() -> None:
     assert refusal("mode", "process") == 'must be thread or gevent (got "process")'

@@ -58,7 +58,7 @@ def test_a_huge_file_is_refused_before_it_is_read() -> None:
     with open("replica.yaml", "wb") as file:
         file.truncate(50 * 2**20)
     begun = time.monotonic()
-    assert refusal() == "replica.yaml: must not be larger than 1 MiB; is it the right file?"
+    assert refusal() == "replica.yaml: must not be larger than 256 KiB; is it the right file?"
     assert time.monotonic() - begun < 0.5
 
 

@@ -18,7 +18,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stage import PATIENCE
 
-from replica_plugin.head import PROXY_V2, Head, HeadTooLarge, Limits, read_head
+from replica_plugin.config.values import LONGEST
+from replica_plugin.head import HEAD_KEPT, PROXY_V2, Head, HeadTooLarge, Limits, read_head
 
 get_parser = getattr(http, "get_parser", None) or http.RequestParser  # get_parser since 25
 
@@ -163,6 +164,15 @@ def test_method_and_path_are_those_of_the_request_line():
 def test_a_malformed_request_line_leaves_the_method_empty(line):
     head = seen(line + b"\r\n\r\n")
     assert head == Head(len(line) + 4, line + b"\r\n\r\n")
+
+
+@pytest.mark.parametrize("data", [b"G" * 999_999 + b" / ", b"GET /" + b"x" * 999_999 + b" "])
+def test_little_is_kept_of_a_request_line_that_may_be_as_long_as_it_likes(data):
+    head = read_head(data + b"HTTP/1.1\r\n\r\n", Limits(line=0), True)
+    kept = head.shortened()
+    assert (kept.method, kept.path) == (head.method[:HEAD_KEPT], head.path[:HEAD_KEPT])
+    assert len(kept.text) == HEAD_KEPT
+    assert HEAD_KEPT - len("healthz") > LONGEST  # else another path could be taken for one of ours
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import signal
 import socket
 
 import pytest
-from server import OURS, wait_for
+from server import OURS, wait_for, write_files
 from test_hook_start import APP, IMPORT, REASONS, has, messages
 
 FORMS = {
@@ -129,6 +129,21 @@ def test_a_broken_yaml_is_told_at_hup_and_the_old_settings_hold_until_it_is_mend
     wait_for(lambda: not set(old) & set(server.workers), "a rolling restart")
     reload(server, {"processes_per_replica": 3})
     server.wait_numbers(processes=3, slots=3)
+
+
+def test_the_longest_settings_can_be_told_at_hup_and_what_is_longer_is_left_out(start):
+    text = (
+        IMPORT
+        + "logconfig_dict = dict(version=1, x='x' * (1 << {}))\n"
+        + "proc_name = statsd_prefix = syslog_prefix = '\U0001f600' * 5000\n"
+    )
+    server = start(base=(), files={"gunicorn.conf.py": text.format(2)})
+    (server.folder / "gunicorn.conf.py").write_text(text.format(22))
+    quotes = '"' * 15_998
+    longest = {"exempt": ["/" + quotes], "ready_file": "\U0001f600" * 16_000}
+    reload(server, {**longest, "probes": f"/{quotes}/"})
+    server.wait_log("ready_file .* cannot be kept: File name too long")
+    assert server.get("/hello").status == 200
 
 
 def test_a_bound_below_the_command_lines_slots_is_told_at_hup_and_left_alone(start):
@@ -257,12 +272,26 @@ def test_without_a_dispatcher_hup_reads_the_settings_too(start, form):
     server.wait_ready()  # gthread resets connections while it reloads
 
 
-def test_the_settings_of_gunicorn_that_the_dispatcher_uses_change_with_hup(start):
+KEEPALIVE = {
+    "file": ((), {"gunicorn.conf.py": IMPORT + "keepalive = {}\n"}),
+    "package": (
+        ("-c", "python:own"),
+        {
+            "own/__init__.py": "import own.limits\n" + IMPORT + "keepalive = own.limits.KEPT\n",
+            "own/limits.py": "KEPT = {}\n",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("form", KEEPALIVE)
+def test_the_settings_of_gunicorn_that_the_dispatcher_uses_change_with_hup(start, form):
     """The limit of a request's line, which the dispatcher looks at, and keepalive."""
-    server = start(base=(), files={"gunicorn.conf.py": IMPORT + "keepalive = 0\n"})
+    base, files = KEEPALIVE[form]
+    server = start(base=base, files={name: text.format(0) for name, text in files.items()})
     with server.connect() as client:
         assert client.get("/-/healthz").headers["Connection"] == "close"
-    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "keepalive = 5\n")
+    write_files(server.folder, {name: text.format(10) for name, text in files.items()})
     reload(server)
 
     def kept():

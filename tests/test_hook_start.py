@@ -116,20 +116,50 @@ RELOAD = {
     "worker_exit": 2, "child_exit": 2,
 }  # fmt: skip
 QUIT = {"worker_int": 2, "worker_exit": 2, "child_exit": 2, "on_exit": 1}
+TRACER = """
+import importlib.machinery, os, sys
+
+assert not os.environ.get("TRACED"), "This is imported twice"
+os.environ["TRACED"] = "yes"
+
+class Loader:
+    def __init__(self, loader):
+        self.create_module, self._exec_module = loader.create_module, loader.exec_module
+
+    def exec_module(self, module):
+        self._exec_module(module)  # a frame of this file's lies between our line and us
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "replica_plugin.conf":
+            spec = importlib.machinery.PathFinder.find_spec(name, path)
+            spec.loader = Loader(spec.loader)
+            return spec
+
+sys.meta_path.insert(0, Finder())
+"""
+EXECUTED = """
+names = {}
+exec(open("theirs").read(), names)
+globals().update((name, value) for name, value in names.items() if name != "__builtins__")
+"""
+BESIDE = {"tracer.py": TRACER, **dict.fromkeys(("theirs", "own.py"), f"{HOOKS}\n{IMPORT}")}
 USERS_FILES = {
     "above": (f"{HOOKS}\n{IMPORT}", ()),
     "below": (f"{IMPORT}\n{HOOKS}", ()),
-    "as a module": (f"{HOOKS}\n{IMPORT}", ("-c", "python:gunicorn.conf")),
+    "above, under an import hook": (f"import tracer\n{HOOKS}\n{IMPORT}", ()),
+    "above, in a text that is executed": (EXECUTED, ()),
+    "above, as a module": ("", ("-c", "python:own")),
     "without ours": (f"{HOOKS}\nworkers = 2\nthreads = 2", STOCK),
 }
 
 
-@pytest.mark.parametrize("place", ["above", "below", "without ours"])
+@pytest.mark.parametrize("place", USERS_FILES)
 def test_a_users_hooks_are_called_once_an_event_wherever_our_line_stands(start, place):
     text, base = USERS_FILES[place]
     server = start(
         base=base,
-        files={"gunicorn.conf.py": text},
+        files={"gunicorn.conf.py": text, **BESIDE},
         config={"processes_per_replica": 2, "threads_per_process": 2},
     )
     calls = Calls(server)
@@ -199,6 +229,20 @@ def test_with_one_thread_a_timeout_that_can_come_before_request_timeout_is_said(
         "Set --timeout above 40, or a shorter request_timeout."
     ]
     assert messages(server.log, "WARNING") == said[:told]
+
+
+@pytest.mark.parametrize(("said", "used"), [("gevent", "thread"), ("thread", "gevent")])
+def test_the_worker_class_decides_the_mode_and_what_follows_from_it(start, said, used):
+    pytest.importorskip("gevent")
+    worker = f"replica_plugin.{used}_worker.{used.title()}Worker"
+    config = {"mode": said, "request_timeout": "30s"}
+    server = start("-k", worker, "--timeout", "30", config=config)
+    server.wait_log(f"1 request at a time \\({used} mode\\)")
+    conflict, *others = messages(server.log, "WARNING")
+    assert conflict == (
+        f"Conflict: gunicorn's worker_class ({used}) wins over mode: {said} (replica.yaml:1)"
+    )
+    assert len(others) == (used == "thread")  # with one thread, timeout before request_timeout
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,17 @@ def test_a_file_that_is_not_ours_is_not_removed(start):
     assert "Shutting down" in server.log
 
 
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_left_alone_and_told_and_keeps_nobody_waiting(tmp_path, make):
+    path, told = tmp_path / "ready", []
+    make(path)
+    file = ReadyFile(1, told.append)
+    for ready in (False, True):
+        file.show(str(path), ready, 0.0)
+    assert told == [f"ready_file {path} cannot be kept: it is no regular file"]
+    assert os.listdir(tmp_path) == ["ready"]
+
+
 def test_hup_takes_another_file(start):
     server = start(config=CONFIG)
     server.write_config({**CONFIG, "ready_file": "other"})

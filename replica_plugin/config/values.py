@@ -17,6 +17,8 @@ from .seen import Seen, from_text
 
 # Cortex keeps its integers in 32 bits.
 LARGEST_INT = 2**31 - 1
+# Characters of a value that the master passes on; its page has room for all of them (pages.py).
+LONGEST = 16_000
 
 _INTEGER = re.compile(r"[-+]?(0|[1-9][0-9]*)")
 _NUMBER = re.compile(r"[-+]?((0|[1-9][0-9]*)(\.[0-9]*)?|\.[0-9]+)(e[-+]?[0-9]+)?", re.IGNORECASE)
@@ -194,7 +196,7 @@ class FilePath(Text):
     def parse(self, seen: Seen) -> str:
         if seen.tag == "null" or seen.text.lower() == "none":
             raise self.bad(seen, "leave the key out for none")
-        return super().parse(seen)
+        return _within_limit(super().parse(seen))
 
 
 @dataclass(frozen=True)
@@ -209,7 +211,7 @@ class Prefix(Kind):
         if seen.tag == "bool":
             return self.usual if Boolean(self.rule).parse(seen) else None
         if seen.tag == "str" and re.fullmatch(r"/([!-~]*/)?", seen.text) and no_query(seen.text):
-            return seen.text
+            return _within_limit(seen.text)
         raise self.bad(seen)
 
     def show(self, value: str | None) -> str:
@@ -226,7 +228,9 @@ class Paths(Kind):
     def parse(self, seen: Seen) -> tuple[str, ...]:
         if seen.tag != "list":
             raise self.bad(seen)
-        return tuple(map(self._path, seen.items))
+        paths = tuple(map(self._path, seen.items))
+        _within_limit("".join(paths))
+        return paths
 
     def _path(self, seen: Seen) -> str:
         if seen.tag == "str" and re.fullmatch(r"/[!-~]*", seen.text) and no_query(seen.text):
@@ -276,6 +280,12 @@ class Later(Kind):
 
     def from_environment(self, text: str) -> Seen:
         return self.kind.from_environment(text)
+
+
+def _within_limit(text: str) -> str:
+    if len(text) > LONGEST:
+        raise BadValueError(f"must have at most {LONGEST} characters in all (got {len(text)})")
+    return text
 
 
 def no_query(path: str) -> bool:

@@ -18,7 +18,7 @@ from ..errors import ConfigError, Place, Problem
 from .layer import api_label, is_cortex, joined, line
 from .seen import from_node, printable, shortened
 
-LARGEST_FILE = 2**20
+LARGEST_FILE = 2**18  # seconds to parse, during which a master does nothing else
 # No file of ours or of Cortex's nests deeper than ten; the composer recurses.
 DEEPEST = 50
 
@@ -85,7 +85,7 @@ def _bytes(path: str, file: str) -> bytes:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise _refused(file, f"cannot be read: {reason}") from None
-    raise _refused(file, "must not be larger than 1 MiB; is it the right file?")
+    raise _refused(file, "must not be larger than 256 KiB; is it the right file?")
 
 
 def _text(content: bytes, file: str) -> str:
