@@ -205,6 +205,7 @@ class Dispatcher:
             len(self._clients.connections),
             self._clients.unsent,
             self._spared,
+            self._clients.listeners.is_short,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -283,6 +284,10 @@ class Dispatcher:
         """A response is complete, and what its slot still does is not its client's concern."""
         runs = self._decisions.runs(link.age, report.request)
         conn = self.requests.pop(report.request, None) if runs else None
+        if report.rest is None:
+            self._journal.rest_lost(now)
+        if report.rest is None or not self._clients.listeners.has_room(report.rest.fd):
+            self._clients.listeners.is_short = True
         if conn is not None:
             self._clients.give_back(conn, report, now)
         elif report.rest is not None:  # of another's request, or one that we have answered
