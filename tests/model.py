@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
+from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Refuse, Send, Why
 from replica_plugin.decisions import EXEMPT_QUEUE, Decisions, Rules
 from replica_plugin.overtime import CALM, SILENCE
 
@@ -111,16 +111,16 @@ class Model:
             self._judge(actions)
             return
         if self.admitted() >= self.rules.bound:
-            if self.rules.dry_run:
-                assert actions[:1] == [Spare(request)], "a dry run says what it lets in"
-                self.spared += 1
-                self.waiting.append(request)
-                self._judge(actions[1:])
-                return
             assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
         else:
             self.waiting.append(request)
             self._judge(actions)
+
+    def spare(self, request, now, patience, actions):
+        assert self.rules.dry_run and self.admitted() >= self.rules.bound
+        self.spared += 1
+        self.waiting.append(request)
+        self._judge(actions)
 
     def gone(self, request, actions):
         assert actions is (request not in self.taken), "P9: what no slot has taken is not run"
