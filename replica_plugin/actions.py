@@ -29,12 +29,6 @@ class Refuse(NamedTuple):
     why: Why
 
 
-class Spare(NamedTuple):
-    """This request was admitted in a dry run, and would have been refused."""
-
-    request: int
-
-
 class Lost(NamedTuple):
     """The process that ran this request died; `overdue` if it was killed, and that is why."""
 
@@ -60,4 +54,4 @@ class Kill(NamedTuple):
     age: int
 
 
-Action = Send | Refuse | Spare | Lost | Dismiss | Inspect | Kill
+Action = Send | Refuse | Lost | Dismiss | Inspect | Kill

@@ -15,8 +15,8 @@ Invariants, after every event:
 3. A request is in exactly one of: `waiting`, `exempt`, `taken`, the `requests` of one process, or
    gone.
 4. `waiting` is ordered by request number: the order in which they became ready. So is `exempt`.
-5. Nothing is admitted while `in_flight >= bound`. In a dry run it is, and the answer says so;
-   `_spared` then tells how many in flight would not be there otherwise.
+5. Nothing is admitted while `in_flight >= bound`, but by `spare`, in a dry run; `_spared` then
+   tells how many in flight would not be there otherwise.
 6. Exempt requests have a queue of their own. A process with an `extra` slot runs one of them
    beyond its `slots`: it does not count as running. In one without, it runs within `slots` and
    the cap, ahead of all that wait; then it counts as running, but not as in flight.
@@ -42,7 +42,7 @@ from dataclasses import dataclass
 from itertools import islice
 from operator import attrgetter
 
-from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
+from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Why
 from .overtime import GRACE, Overtime, Quota
 from .process import Process
 from .rate import Rate
@@ -154,14 +154,16 @@ class Decisions:
             return [Refuse(request, Why.STOPPING)]
         if exempt:
             return self._ready_exempt(request, Wait(now, now + patience, True), now)
-        spared: list[Action] = []
         if self._is_full():
-            if not self.rules.dry_run:
-                return [Refuse(request, Why.FULL)]
-            self._spared += 1
-            spared = [Spare(request)]
+            return [Refuse(request, Why.FULL)]
         self.waiting.append(request, Wait(now, now + patience))
-        return spared + self._start(now)
+        return self._start(now)
+
+    def spare(self, request: int, now: float, patience: float = math.inf) -> list[Action]:
+        """Admit a request in a dry run that `ready` has just refused because of the bound."""
+        self._spared += 1
+        self.waiting.append(request, Wait(now, now + patience))
+        return self._start(now)
 
     def _ready_exempt(self, request: int, wait: Wait, now: float) -> list[Action]:
         if len(self.exempt) >= EXEMPT_QUEUE:

@@ -28,7 +28,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from . import answers
-from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
+from .actions import Action, Dismiss, Inspect, Kill, Lost, Refuse, Send, Why
 from .channel import Address, Adopt, End, Job, Kind, Report, decode_stall
 from .clients import LEFT, Clients
 from .connection import Connection, State
@@ -205,6 +205,7 @@ class Dispatcher:
             len(self._clients.connections),
             self._clients.unsent,
             self._spared,
+            self._clients.listeners.is_short,
         )
 
     # What the clients' side asks (clients.Judge).
@@ -283,6 +284,10 @@ class Dispatcher:
         """A response is complete, and what its slot still does is not its client's concern."""
         runs = self._decisions.runs(link.age, report.request)
         conn = self.requests.pop(report.request, None) if runs else None
+        if report.rest is None:
+            self._journal.rest_lost(now)
+        if report.rest is None or not self._clients.listeners.has_room(report.rest.fd):
+            self._clients.listeners.is_short = True
         if conn is not None:
             self._clients.give_back(conn, report, now)
         elif report.rest is not None:  # of another's request, or one that we have answered
@@ -410,8 +415,6 @@ class Dispatcher:
                 self._send(action, now)
             elif isinstance(action, Refuse):
                 self._refuse(action, now)
-            elif isinstance(action, Spare):
-                self._spare(now)
             elif isinstance(action, Dismiss):
                 self._dismiss(action.age)
             elif isinstance(action, Inspect):
@@ -462,6 +465,9 @@ class Dispatcher:
         conn = self.requests.pop(action.request)
         if action.why is Why.FULL and self._doubts.hold(conn, now):
             return
+        if action.why is Why.FULL and self._decisions.rules.dry_run:
+            self._spare(conn, now)
+            return
         answer = answers.refusal(
             action.why,
             self._decisions.rules,
@@ -471,9 +477,12 @@ class Dispatcher:
         )
         self._clients.answer(conn, answer, now)
 
-    def _spare(self, now: float) -> None:
+    def _spare(self, conn: Connection, now: float) -> None:
         self._spared += 1
         self._journal.spared(self._decisions.rules.bound, now)
+        self.requests[conn.request] = conn
+        patience = conn.head.patience if conn.head else math.inf
+        self.perform(self._decisions.spare(conn.request, now, patience), now)
 
     def _dismiss(self, age: int) -> None:
         process = self._decisions.processes[age]

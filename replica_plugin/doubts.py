@@ -1,6 +1,7 @@
 """Requests that found the replica full: refused when it is sure that it was.
 
-    ready -> full -> [ doubts ] -> judged again in the next turn -> admitted, or refused
+    ready -> full -> [ doubts ] -> judged again in the next turn -> admitted, or refused; in a dry
+                                   run counted, and admitted
 
 A client that has all of its answer may ask again, on another connection, before the slot has
 reported, or before we have heard that. What it asks then is not one too many. So there is doubt
@@ -11,7 +12,8 @@ reported, or before we have heard that. What it asks then is not one too many. S
    ended by themselves, what slots had and what lay on the deck (deck.py);
 
 and about none for longer than PATIENCE: what the app does when its response is closed may take
-long. A slot reports before it says that it has: so 1 is looked at before 2, and misses nothing.
+long. A slot reports before it says that it has: so 1 is looked at before 2, and misses nothing. In
+a dry run, whoever comes meanwhile and is one too many for sure is admitted before those in doubt.
 """
 
 from __future__ import annotations

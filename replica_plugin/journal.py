@@ -105,6 +105,10 @@ class Journal:
             "Out of descriptors or memory: connections wait in the backlog (see ulimit -Hn)", now
         )
 
+    def rest_lost(self, now: float) -> None:
+        """There was no descriptor left for what a slot has left of a response."""
+        self._warn("Out of descriptors: a response was cut short (see ulimit -Hn)", now)
+
     def undeliverable(self, error: OSError, now: float) -> None:
         """The kernel takes no message to a process for now, though it has room for it."""
         self._warn(

@@ -104,7 +104,7 @@ class Listeners:
 
     def accept(self, fd: int, now: float, most: int = ACCEPTS) -> Iterator[Connection | None]:
         """New connections, up to a number; None at the end if there are no more for now."""
-        self.is_short = self.is_short and self._has_none_to_spare(fd)
+        self._see_whether_short()
         for _ in range(most):
             if self.is_short:
                 break
@@ -126,14 +126,13 @@ class Listeners:
         """Whether this is a descriptor for connections, and not one of those left to others."""
         return fd < self._most
 
-    def _has_none_to_spare(self, fd: int) -> bool:
-        """Whether the next connection would take a descriptor that is not for connections."""
-        try:
-            number = os.dup(fd)
-        except OSError:
-            return True
-        os.close(number)
-        return not self.has_room(number)
+    def _see_whether_short(self) -> None:
+        """Whether the next connection would still take a descriptor that is not for connections."""
+        if self.is_short:
+            with suppress(OSError):
+                number = os.dup(self._epoll.fileno())
+                os.close(number)
+                self.is_short = not self.has_room(number)
 
     def close(self) -> None:
         """Listen no more; the kernel refuses connects once nobody holds the socket."""
@@ -144,6 +143,7 @@ class Listeners:
         self.paused_until = math.inf
 
     def tick(self, now: float) -> None:
+        self._see_whether_short()
         if self.paused_until <= now:
             self.paused_until = math.inf
             self._listen(select.EPOLLIN)

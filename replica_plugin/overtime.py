@@ -19,17 +19,20 @@ CALM = 60.0
 
 
 class Timed(NamedTuple):
-    """A running request: when it is overdue, and the age of its process."""
+    """A running request: when it is overdue, the age of its process, and when it was found late."""
 
     overdue_at: float
     age: int
+    noticed_at: float = math.inf
 
 
 class Overtime:
     """Requests that run, from their start until they end, or have had their grace.
 
     Each is in `_timed`, until SILENCE after its time, and then in `_late`, until GRACE after
-    it: both in the order of `overdue_at`.
+    it: both in the order of `overdue_at`. What is left of its grace then begins when it is
+    noticed: if nobody could look for a while, frozen as the processes were, they have a turn
+    before they are ended for it.
     """
 
     def __init__(self) -> None:
@@ -55,20 +58,24 @@ class Overtime:
 
     def due(self, grace: float) -> float:
         """When `silent` or `stuck` has something to tell."""
-        return min(_first(self._timed) + _silence(grace), _first(self._late) + grace)
+        return min(_first(self._timed) + _silence(grace), self._next_stuck(grace))
 
     def silent(self, now: float, grace: float) -> Iterator[tuple[int, int]]:
         """Request and age: of those the process should have said by now that they are overdue."""
         while _first(self._timed) + _silence(grace) <= now:
             request, timed = self._timed.popitem(last=False)
-            self._late[request] = timed
+            self._late[request] = timed._replace(noticed_at=now)
             yield request, timed.age
 
     def stuck(self, now: float, grace: float) -> Iterator[tuple[int, int]]:
         """Request and age: those that have had their grace; they are forgotten here."""
-        while _first(self._late) + grace <= now:
+        while self._next_stuck(grace) <= now:
             request, timed = self._late.popitem(last=False)
             yield request, timed.age
+
+    def _next_stuck(self, grace: float) -> float:
+        late = next(iter(self._late.values()), None)
+        return late.noticed_at + grace - _silence(grace) if late else math.inf
 
 
 class Quota:

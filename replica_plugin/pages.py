@@ -39,7 +39,7 @@ _LOAD_SIZE = 1 << 14
 _NOTES = 1 << 20  # the byte that is locked by whoever takes a note; the others are turns
 _NOTE_TIME = 1.0  # seconds to wait for it: its holder waits for nothing, but may be stopped
 _MOMENT = 0.001
-_NUMBERS = struct.Struct("@dQQQQQQQQQ")  # native: each number is one aligned word
+_NUMBERS = struct.Struct("@dQQQQQQQQQQ")  # native: each number is one aligned word
 _LOCK = struct.Struct("@hhqqi0q")  # struct flock: type, whence, start, length, pid
 
 
@@ -160,7 +160,8 @@ class Numbers(NamedTuple):
 
     `beat` is the monotonic time of the dispatcher's last turn; infinity once it has ended well.
     `unsent` are bytes of responses that slots have left to the dispatcher. `spared` counts, since
-    the start of the replica, the requests that overload_dry_run has let in.
+    the start of the replica, the requests that overload_dry_run has let in. `short` is 1 while the
+    dispatcher has no descriptor to spare, and is to be left no more such responses.
     """
 
     beat: float = 0.0
@@ -173,6 +174,7 @@ class Numbers(NamedTuple):
     connections: int = 0
     unsent: int = 0
     spared: int = 0
+    short: int = 0
 
 
 _LOAD = struct.Struct("@QQ")  # waiting and running, which are neighbours

@@ -286,7 +286,10 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         Of all together the dispatcher's page tells; so they may exceed response_buffer_total by
         what slots leave at one and the same moment, p*t times response_buffer at most.
         """
-        settings, unsent = self._master.settings, self._replica_page.read().unsent
+        settings, numbers = self._master.settings, self._replica_page.read()
+        if numbers.short:
+            return 0
+        unsent = numbers.unsent
         return min(settings.response_buffer, max(0, settings.response_buffer_total - unsent))
 
     def count_request(self) -> None:

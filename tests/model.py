@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Refuse, Send, Spare, Why
+from replica_plugin.actions import Dismiss, Inspect, Kill, Lost, Refuse, Send, Why
 from replica_plugin.decisions import EXEMPT_QUEUE, Decisions, Rules
 from replica_plugin.overtime import CALM, SILENCE
 
@@ -34,6 +34,7 @@ class Known:
     exempt: set[int] = field(default_factory=set)  # of what was sent
     limits: dict[int, float] = field(default_factory=dict)  # when what was sent is overdue
     said: set[int] = field(default_factory=set)  # of which it said that they are
+    noticed: dict[int, float] = field(default_factory=dict)  # when they were first seen to be late
     stuck: set[int] = field(default_factory=set)  # as of the last look at the clock
     inspected: set[int] = field(default_factory=set)
     killed: bool = False
@@ -43,6 +44,7 @@ class Known:
         self.exempt.discard(request)
         self.credits += 1
         self.limits.pop(request, None)
+        self.noticed.pop(request, None)
         for some in (self.said, self.stuck, self.inspected):
             some.discard(request)
 
@@ -109,16 +111,16 @@ class Model:
             self._judge(actions)
             return
         if self.admitted() >= self.rules.bound:
-            if self.rules.dry_run:
-                assert actions[:1] == [Spare(request)], "a dry run says what it lets in"
-                self.spared += 1
-                self.waiting.append(request)
-                self._judge(actions[1:])
-                return
             assert actions == [Refuse(request, Why.FULL)], "P4: refuse at the bound, and only that"
         else:
             self.waiting.append(request)
             self._judge(actions)
+
+    def spare(self, request, now, patience, actions):
+        assert self.rules.dry_run and self.admitted() >= self.rules.bound
+        self.spared += 1
+        self.waiting.append(request)
+        self._judge(actions)
 
     def gone(self, request, actions):
         assert actions is (request not in self.taken), "P9: what no slot has taken is not run"
@@ -361,15 +363,21 @@ class Model:
     # Requests that run for too long.
 
     def _see_what_is_stuck(self):
+        left = self.rules.grace - self._silence()
         for process in self.processes.values():
-            for request, overdue_at in process.limits.items():
-                if overdue_at + self.rules.grace <= self.now:
+            for request in self._late(process):
+                if process.noticed.setdefault(request, self.now) + left <= self.now:
                     process.stuck.add(request)
 
+    def _silence(self):
+        return min(SILENCE, self.rules.grace / 2)
+
+    def _late(self, process):
+        silence = self._silence()
+        return {r for r, overdue_at in process.limits.items() if overdue_at + silence <= self.now}
+
     def _unheard(self, process):
-        silence = min(SILENCE, self.rules.grace / 2)
-        late = {r for r, overdue_at in process.limits.items() if overdue_at + silence <= self.now}
-        return late - process.said
+        return self._late(process) - process.said
 
     def _judge_inspection(self, inspect):
         process = self.processes[inspect.age]

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from replica_plugin.actions import Dismiss, Lost, Refuse, Send, Spare, Why
+from replica_plugin.actions import Dismiss, Lost, Refuse, Send, Why
 from replica_plugin.decisions import Decisions, Rules
 
 
@@ -436,11 +436,17 @@ def test_after_a_pause_in_which_all_left_others_begin_what_comes():
 # A bound that is tried.
 
 
-def test_a_dry_run_admits_beyond_the_bound_and_says_so():
+def arrive_and_be_spared(decisions: Decisions, *requests: int) -> None:
+    for request in requests:
+        assert arrive(decisions, request) == [Refuse(request, Why.FULL)]
+        assert decisions.spare(request, 0.0) == []
+
+
+def test_a_dry_run_says_what_is_beyond_the_bound_and_admits_it_then():
     decisions = Decisions(Rules(1, 1, 2, dry_run=True))
     join(decisions, 1, 1)
     assert arrive(decisions, 1, 2) == [Send(1, 1)]
-    assert arrive(decisions, 3, 4) == [Spare(3), Spare(4)]
+    arrive_and_be_spared(decisions, 3, 4)
     assert decisions.in_flight == 4
 
 
@@ -448,16 +454,18 @@ def test_a_dry_run_counts_as_if_it_had_refused():
     """Two end; a replica that had refused 3 and 4 would be empty, and admit two again."""
     decisions = Decisions(Rules(1, 1, 2, dry_run=True))
     join(decisions, 1, 1)
-    arrive(decisions, 1, 2, 3, 4)
+    arrive(decisions, 1, 2)
+    arrive_and_be_spared(decisions, 3, 4)
     decisions.done(1, 1, 0.0)
     decisions.done(1, 2, 0.0)
-    assert arrive(decisions, 5, 6, 7) == [Spare(7)]
+    assert arrive(decisions, 5, 6, 7) == [Refuse(7, Why.FULL)]
 
 
 def test_a_dry_run_that_ends_leaves_the_bound_as_it_is():
     decisions = Decisions(Rules(1, 1, 2, dry_run=True))
     join(decisions, 1, 1)
-    arrive(decisions, 1, 2, 3)
+    arrive(decisions, 1, 2)
+    arrive_and_be_spared(decisions, 3)
     decisions.ruled(Rules(1, 1, 2), [1], 0.0)
     decisions.done(1, 1, 0.0)
     assert arrive(decisions, 4) == [Refuse(4, Why.FULL)]

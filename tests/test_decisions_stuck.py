@@ -105,6 +105,7 @@ def test_processes_with_slots_that_work_leave_one_at_a_time():
     arrive(decisions, 1, 2)
     for age, request in ((2, 1), (1, 2)):
         assert decisions.overdue(age, request)
+    decisions.tick(LIMIT + SILENCE)
     assert arrive(decisions, 3, 4, now=END - 1) == [Send(3, 2), Send(4, 1)]
     decisions.done(1, 4, END - 1)
     decisions.done(2, 3, END - 1)
@@ -119,6 +120,19 @@ def test_silent_processes_are_not_spared_for_one_another():
     arrive(decisions, 1, 2)
     decisions.tick(LIMIT + SILENCE)
     assert decisions.tick(END) == [Dismiss(1), Kill(1), Dismiss(2), Kill(2)]
+
+
+def test_after_a_freeze_of_all_processes_have_the_rest_of_the_grace_to_say_something():
+    """Nobody had a turn: a silence of which the dispatcher learns as late tells nothing."""
+    decisions = replica(2, 1)
+    arrive(decisions, 1, 2)
+    thawed = END + 100
+    assert decisions.tick(thawed) == [Inspect(1), Inspect(2)]
+    assert decisions.overdue_at(1) == LIMIT
+    assert decisions.done(2, 1, thawed) == []
+    assert decisions.next_overdue() == thawed + GRACE - SILENCE
+    assert decisions.tick(thawed + GRACE - SILENCE - 0.01) == []
+    assert decisions.tick(thawed + GRACE - SILENCE) == [Dismiss(1), Kill(1)]
 
 
 def test_a_process_that_has_a_successor_needs_no_permission():
@@ -162,7 +176,7 @@ def test_a_killed_process_leaves_504_for_what_was_overdue_and_502_for_the_others
     arrive(decisions, 1)
     arrive(decisions, 2, now=END - LIMIT)
     arrive(decisions, 3, now=END - 1)
-    decisions.tick(END)
+    decisions.tick(LIMIT + SILENCE)
     decisions.tick(END)
     assert decisions.died(1, (), END) == [Lost(1, True), Lost(2, True), Lost(3, False)]
     assert decisions.next_overdue() == math.inf

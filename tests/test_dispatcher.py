@@ -296,6 +296,29 @@ def test_one_request_for_each_slot_that_is_about_to_report_is_not_refused_yet(en
     assert address(replica.job()) == third.getsockname()
 
 
+def test_a_dry_run_counts_only_what_would_be_refused(ending):
+    replica, job, third = ending
+    decisions = replica.dispatcher._decisions
+    decisions.rules = replace(decisions.rules, dry_run=True)
+    replica.turn()
+    assert replica.page.read().spared == 0
+    fourth = replica.client()
+    ask(fourth)
+    replica.turn()
+    assert replica.page.read().spared == 1
+    replica.done(job)
+    replica.cells.end(0)
+    replica.turn()
+    assert replica.page.read().spared == 1
+    begun = []
+    for _ in range(3):
+        job = replica.job()
+        begun.append(address(job))
+        replica.done(job)
+        replica.turn()
+    assert {third.getsockname(), fourth.getsockname()} == set(begun[1:])
+
+
 def test_a_slot_that_is_about_to_report_for_long_is_not_waited_for(ending, monkeypatch):
     replica, _, third = ending
     assert is_unanswered(third)

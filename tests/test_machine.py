@@ -5,6 +5,7 @@ Those of the dispatcher are the same in both modes.
 
 from __future__ import annotations
 
+import http.client
 import os
 import resource
 import shutil
@@ -111,6 +112,13 @@ def cpu(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def wait_quiet(server: Server) -> None:
+    """Numbers of before may not count the fixture's connection yet."""
+    now = time.monotonic()
+    wait_for(lambda: server.numbers().beat > now, "new numbers")
+    server.wait_numbers(connections=0)
+
+
 def test_a_dispatcher_out_of_descriptors_waits_without_spinning_and_recovers(poor):
     before, used = poor.dispatcher, cpu(poor.dispatcher)
     silent = [poor.connect() for _ in range(100)]
@@ -129,15 +137,42 @@ def test_a_dispatcher_out_of_descriptors_waits_without_spinning_and_recovers(poo
 
 def test_a_dispatcher_without_any_descriptor_recovers(poor):
     pid = poor.dispatcher
-    now = time.monotonic()  # numbers of before may not count the fixture's connection yet
-    wait_for(lambda: poor.numbers().beat > now, "new numbers")
-    poor.wait_numbers(connections=0)
+    wait_quiet(poor)
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid), 80))
     late = poor.connect().ask("/hello")
     poor.wait_log(OUT)
     assert not late.is_readable()
     resource.prlimit(pid, resource.RLIMIT_NOFILE, (80, 80))
     assert late.reply().status == 200
+    assert poor.dispatcher == pid
+
+
+def test_slots_send_for_themselves_before_no_descriptor_is_left_for_what_they_leave(poor):
+    """A response that its client does not take is a descriptor more than its connection."""
+    wait_quiet(poor)
+    clients = [poor.connect() for _ in range(60 - len(os.listdir(f"/proc/{poor.dispatcher}/fd")))]
+    poor.wait_numbers(connections=len(clients))
+    asking = [client.ask("/large/8/one") for client in clients[:25]]
+    poor.wait_numbers(short=1, running=1)
+    assert [len(client.reply().body) for client in asking] == [8 << 20] * 25
+    for client in clients:
+        client.close()
+    poor.wait_numbers(short=0, running=0, unsent=0)
+    assert "cut short" not in poor.log
+
+
+def test_a_response_that_is_cut_for_want_of_a_descriptor_is_told_and_the_next_is_whole(poor):
+    pid = poor.dispatcher
+    wait_quiet(poor)
+    cut, whole = poor.connect(), poor.connect()
+    poor.wait_numbers(connections=2)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (lowest_free(pid), 80))
+    cut.ask("/large/8/one")
+    poor.wait_log(r"\[WARNING\] Out of descriptors: a response was cut short \(see ulimit -Hn\)")
+    poor.wait_numbers(connections=1)
+    with pytest.raises((http.client.IncompleteRead, ConnectionError)):
+        cut.reply()
+    assert len(whole.ask("/large/8/one").reply().body) == 8 << 20
     assert poor.dispatcher == pid
 
 

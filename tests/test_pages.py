@@ -239,8 +239,8 @@ def test_failures_are_counted_until_one_has_loaded(new):
 
 def test_the_numbers_are_those_written_last_and_zero_before(new):
     page = new(ReplicaPage())
-    assert page.read() == Numbers() == (0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-    numbers = Numbers(1.5, 1, 2, 3, 4, 5, 6, 7, 8, 2**64 - 1)
+    assert page.read() == Numbers() == (0.0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+    numbers = Numbers(1.5, 1, 2, 3, 4, 5, 6, 7, 8, 2**64 - 1, 1)
     page.write(numbers)
     assert ReplicaPage(page.fd).read() == numbers
 
@@ -257,7 +257,7 @@ def test_the_table_is_beside_the_numbers(new):
     assert page.read_table() == []
     rows = [(age, 64, 4194304 + age) for age in range(1000)]
     page.write_table(rows)
-    page.write(Numbers(1.5, *[2**64 - 1] * 9))
+    page.write(Numbers(1.5, *[2**64 - 1] * 10))
     assert ReplicaPage(page.fd).read_table() == rows
     page.write_table([])
     assert page.read_table() == []

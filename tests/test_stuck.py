@@ -263,6 +263,26 @@ def test_a_process_that_is_stopped_is_killed_and_its_request_answered(serve, sta
 
 
 @IN_BOTH_MODES
+def test_processes_that_were_frozen_with_the_dispatcher_are_not_taken_for_stuck(serve, stage):
+    server = serve(1, 1, True)
+    began = time.monotonic()
+    stuck = server.later("/hold/x")
+    actor = stage.next()
+    frozen = [server.supervisor, server.dispatcher, actor.pid]
+    for each in frozen:
+        server.tell(signal.SIGSTOP, each)
+    wait_for(lambda: time.monotonic() > began + LIMIT + 1.5, "the end of the grace")
+    thawed = time.monotonic()
+    for each in frozen:
+        server.tell(signal.SIGCONT, each)
+        wait_for(lambda: each != server.dispatcher or server.numbers().beat > thawed, "its turn")
+    assert stuck.result().status == 504
+    server.wait_numbers(running=0)
+    assert server.get("/count").json["pid"] == actor.pid
+    assert "killing it" not in server.log
+
+
+@IN_BOTH_MODES
 @both
 def test_without_the_dispatcher_that_sent_it_a_request_is_answered_too(serve, stage, threads):
     server = serve(threads)

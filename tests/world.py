@@ -21,7 +21,7 @@ from typing import Any
 
 from model import Model
 
-from replica_plugin.actions import Action, Dismiss, Kill, Lost, Refuse, Send, Spare
+from replica_plugin.actions import Action, Dismiss, Kill, Lost, Refuse, Send, Why
 from replica_plugin.decisions import Decisions, Rules
 
 
@@ -430,9 +430,11 @@ class World:
         if isinstance(action, Send):
             self._send(action, self.table[action.age])
         elif isinstance(action, Refuse):
-            self._end(action.request, "waiting", "refused")
-        elif isinstance(action, Spare):
-            assert self.requests[action.request] == "waiting"
+            if action.why is Why.FULL and self.decisions.rules.dry_run:
+                patience = self.model.patience[action.request]
+                self.tell("spare", action.request, self.now, patience)
+            else:
+                self._end(action.request, "waiting", "refused")
         elif isinstance(action, Lost):
             self._end(action.request, "sent", "lost")
         elif isinstance(action, Kill):
