@@ -34,7 +34,6 @@ import ctypes
 import math
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from typing import Any, Protocol, TypeVar
 from .answers import overdue
 from .channel import Job
 from .errors import OverdueError
+from .unpatched import get_ident
 
 SIGNAL = signal.SIGRTMIN + 6
 """Interrupts the main thread, where slots are: with one of them, and in gevent mode."""
@@ -236,7 +236,7 @@ class ThreadInterrupter:
     a sleep or a read, comes to its end first.
     """
 
-    here = staticmethod(threading.get_ident)
+    here = staticmethod(get_ident)
 
     def frame(self, where: int) -> FrameType | None:
         return sys._current_frames().get(where)
