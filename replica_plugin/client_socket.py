@@ -33,7 +33,8 @@ from .unpatched import Socket, poll
 JOINED = 1 << 16  # bytes of body up to which copying it behind the head is cheaper than a write
 TURN = 0.25  # seconds after which a thread that waits for a client can be interrupted, at most
 _TIMEVAL = struct.Struct("ll")
-_INTERIM = b"1"  # the first digit of a status that is no response yet: 103 Early Hints
+_INTERIM = b"1"  # the first digit of a status behind which no body comes
+_HINTS = b"103"
 
 
 class ReceiveTimeoutError(TimeoutError):
@@ -126,11 +127,24 @@ class ClientSocket(Socket):
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """As socket.sendall; holds the head. Raises SendTimeoutError."""
-        if self.answering or data[9:10] == _INTERIM:
+        if self.answering:
             self._write(data)
+        elif data[9:10] == _INTERIM:
+            self._send_interim(data)
         else:
             self.answering = True
             self._head = data
+
+    def _send_interim(self, data: bytes) -> None:
+        """Early Hints are no answer yet, unless the client takes but a part of them at once.
+
+        Sent in one go, nothing that others write at the same time comes between.
+        """
+        if self.trouble is None and data[9:12] == _HINTS:
+            with suppress(OSError):  # the write finds it, too
+                data = data[super().send(data, NOW) :]
+        if data:
+            self._write(data)
 
     def answer_instead(self, data: bytes) -> None:
         """Called by the attendant, to which the response belongs: send what there is room for."""

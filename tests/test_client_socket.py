@@ -91,6 +91,20 @@ def test_nothing_follows_a_write_that_was_interrupted():
     assert set(received[5:]) == {ord("x")}
 
 
+def test_hints_of_which_the_client_takes_but_a_part_are_a_response_begun():
+    """Whoever answered in place of the slot would do so in their middle."""
+    theirs, ours = socket.socketpair()
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * (1 << 24) + b"\r\n\r\n"
+    sock = client_socket(ours.family, ours.detach(), Interrupted)
+    with theirs, sock:
+        sock.sendall(hint[:40])
+        assert not sock.written
+        with pytest.raises(KeyboardInterrupt):
+            sock.sendall(hint)
+        assert sock.written
+        assert isinstance(sock.trouble, InterruptedWriteError)
+
+
 def test_a_timeout_that_the_app_gives_new_sockets_is_not_the_client_s():
     """gunicorn's own workers take it off, too. O_NONBLOCK would be set for all who hold it."""
     theirs, ours = socket.socketpair()

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server, wait_for
 from stage import Stage
+from wire import Wire, request
 
 pytestmark = IN_BOTH_MODES
 
@@ -269,6 +270,12 @@ def test_a_body_that_stops_is_told_so_also_when_the_app_would_answer_something_e
     access = hurried.folder / "access.log"
     wait_for(lambda: '"POST /caught HTTP/1.1" 408 ' in access.read_text(), "the access log")
     assert "Socket error processing request." not in hurried.log
+
+
+def test_a_body_that_stops_after_early_hints_is_told_so(hurried, which):
+    with Wire(hurried.addresses[which]) as wire:
+        wire.send(request("/hinted", "Content-Length: 300000", method="POST"), b"x" * 100_000)
+        assert [wire.reply().status, wire.reply().status] == [103, 408]
 
 
 def test_a_connection_that_a_probe_began_has_the_same_limits(hurried, which):

@@ -10,6 +10,7 @@ import time
 import pytest
 from server import IN_BOTH_MODES, STOCK, Load, Server, wait_for
 from stage import PATIENCE, Stage
+from wire import Wire, request
 
 from replica_plugin import overtime
 
@@ -124,6 +125,18 @@ def test_a_response_that_has_begun_is_cut_short_and_its_slot_goes_on(serve, stag
     server.wait_numbers(running=0)
     assert server.get("/count").json["pid"] == pid
     assert re.findall(r'"GET /begun/x HTTP/1.1" (\d+)', server.log) == ["200"]
+
+
+@IN_BOTH_MODES
+@both
+def test_early_hints_do_not_stand_in_for_an_answer(serve, stage, threads):
+    server = serve(threads)
+    with Wire(server.address) as wire:
+        wire.send(request("/hinted/x"))
+        let(stage, "x")
+        assert [wire.reply().status, wire.reply().body] == [103, TOLD]
+        server.wait_numbers(running=0, processes=1)
+    assert re.findall(r'"GET /hinted/x HTTP/1.1" (\d+)', server.log) == ["504"]
 
 
 @IN_BOTH_MODES
