@@ -168,6 +168,9 @@ class Exchange:
                 self._log.access(response, self._request, environ, took)
 
     def _run_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
+        if self._run.tale:  # its time was over before the app could be interrupted
+            self._run.claim_for_slot()  # by then it is known who answers
+            raise OverdueError
         sock = self._sock
         body = self._body = self._worker.wsgi(environ, response.start_response)
         if type(body) in (list, tuple):

@@ -29,6 +29,13 @@ class Spinning(Logger):
             pass
         super().access(*arguments)
 """
+SLOW_HOOK = """\
+import os
+from replica_plugin.conf import *
+def pre_request(worker, request):
+    while request.path == "/hold/x" and not os.path.exists("go"):
+        pass
+"""
 TOLD = b"The app did not answer within request_timeout (0.5 s).\n"
 
 
@@ -322,6 +329,18 @@ def test_a_logger_is_not_interrupted_which_might_stay_locked(start, threads):
         (server.folder / "go").touch()
         server.wait_log('"GET /hello HTTP/1.1" 200')
         assert client.get("/hello").status == 200
+
+
+@IN_BOTH_MODES
+@both
+def test_a_request_whose_time_is_over_in_a_hook_does_not_reach_the_app(start, stage, threads):
+    config = {"threads_per_process": threads, "request_timeout": LIMIT}
+    server = start(config=config, base=("-c", "hook.py"), files={"hook.py": SLOW_HOOK})
+    reply = server.get("/hold/x")
+    assert (reply.status, reply.body) == (504, TOLD)
+    (server.folder / "go").touch()
+    server.wait_numbers(running=0, processes=1)
+    assert stage.is_empty()
 
 
 @IN_BOTH_MODES
