@@ -219,27 +219,25 @@ class ClientSocket(Socket):
         """Send everything. Raises SendTimeoutError when the client takes nothing for too long."""
         self._begin()
         head, self._head = self._head, b""
+        send = self._send_or_leave if self._finishing else self._send_all
         try:
             if head and len(data) > JOINED:
-                self._send_all(head, socket.MSG_MORE)
+                send(head, socket.MSG_MORE)
             elif head:
                 data = head + data
-            if self._finishing:
-                self._send_or_leave(data)
-            else:
-                self._send_all(data)
+            send(data)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
         except BaseException:
             self.trouble = InterruptedWriteError()
             raise
 
-    def _send_or_leave(self, data: bytes) -> None:
+    def _send_or_leave(self, data: bytes, flags: int = 0) -> None:
         """Send what the client takes at once, and as much more as there is no room for."""
         sent = 0
         if not self.left:
             with suppress(BlockingIOError):
-                sent = super().send(data, NOW)
+                sent = super().send(data, flags | NOW)
         if sent < len(data):
             self.left.append(memoryview(data)[sent:])
             self._left_size += len(data) - sent

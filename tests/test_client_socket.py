@@ -146,6 +146,20 @@ def test_a_file_comes_behind_its_head_also_when_the_head_had_no_room(tmp_path):
     assert b"".join(received)[filled:] == b"head:" + b"f" * 3000
 
 
+@pytest.mark.parametrize("size", [1 << 10, 1 << 20])
+def test_of_a_response_that_is_complete_the_head_does_not_wait_for_the_client_either(size):
+    theirs, ours = socket.socketpair()
+    with suppress(BlockingIOError):
+        while True:
+            ours.send(b"x" * 1000, socket.MSG_DONTWAIT)
+    sock = client_socket(ours.family, ours.detach(), Interrupted, room=2 << 20)
+    with theirs, sock:
+        sock.finish()
+        sock.sendall(b"head:")
+        sock.sendall(b"f" * size)
+        assert sum(map(len, sock.left)) == len("head:") + size
+
+
 def test_nothing_follows_a_rest_whose_sending_was_interrupted():
     theirs, ours = socket.socketpair()
     sock = client_socket(ours.family, ours.detach(), Interrupted, room=1 << 30)

@@ -114,7 +114,7 @@ def test_one_that_is_silenced_and_then_interrupted_says_that_it_has_not():
 class Slow(ClientSocket):
     """That of a client which takes nothing of the last part."""
 
-    def _send_or_leave(self, data: bytes) -> None:
+    def _send_or_leave(self, data: bytes, flags: int = 0) -> None:
         self.left.append(memoryview(data))
 
 
