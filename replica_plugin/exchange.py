@@ -25,7 +25,13 @@ from gunicorn.http import wsgi
 from gunicorn.http.errors import NoMoreData
 
 from .channel import LARGEST, End, Job, Kind, Report
-from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .client_socket import (
+    AnsweredError,
+    ClientSocket,
+    InterruptedWriteError,
+    ReceiveTimeoutError,
+    SendTimeoutError,
+)
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
@@ -281,20 +287,10 @@ class Exchange:
 
     def _on_error(self, error: BaseException) -> int:
         """Say what went wrong to the client, if it can still be told, and to the log."""
-        trouble = self._sock.trouble
         if self._is_too_late:
             return self._too_late()
-        if isinstance(trouble, SendTimeoutError):
-            self._log.warning("A client took nothing for send_timeout: cut off")
-            return End.ABORT
-        if trouble is not None:
-            if isinstance(trouble, AnsweredError):
-                return self._answered()
-            if isinstance(error, OverdueError):
-                return End.ABORT
-            if trouble.errno not in _CLIENT_GONE:
-                self._log.exception("Socket error processing request.")
-            return End.ABORT
+        if self._sock.trouble is not None:
+            return self._on_trouble(self._sock.trouble, error)
         if isinstance(error, OverdueError):
             return self._overdue()
         if isinstance(error, _CutShortError):
@@ -304,6 +300,20 @@ class Exchange:
             return End.LINGER
         self._worker.handle_error(self._request, self._sock, self._job.client, error)
         return self._told()
+
+    def _on_trouble(self, trouble: OSError, error: BaseException) -> int:
+        """The client can be told nothing; `error` may be what the app made of that."""
+        if isinstance(trouble, AnsweredError):
+            return self._answered()
+        if isinstance(trouble, SendTimeoutError):
+            self._log.warning("A client took nothing for send_timeout: cut off")
+        elif isinstance(error, (OverdueError, InterruptedWriteError)):
+            pass  # told already, or the app's own doing
+        elif isinstance(trouble, InterruptedWriteError):
+            self._log.exception("Error handling request %s", self._request.uri)
+        elif trouble.errno not in _CLIENT_GONE:
+            self._log.exception("Socket error processing request.")
+        return End.ABORT
 
     @property
     def _is_too_late(self) -> bool:
