@@ -167,6 +167,8 @@ class Exchange:
                     self._go_on_without_client(response)
         finally:
             took = self._took
+            if took is None and self._is_too_late:
+                took = datetime.now() - began
             answered = self._run.is_answered or isinstance(self._sock.trouble, AnsweredError)
             if took is not None and not answered:  # else that answer is in the log
                 if self._sock.trouble is not None and self._is_too_late:
@@ -308,7 +310,7 @@ class Exchange:
         if isinstance(trouble, SendTimeoutError):
             self._log.warning("A client took nothing for send_timeout: cut off")
         elif isinstance(error, (OverdueError, InterruptedWriteError)):
-            pass  # told already, or the app's own doing
+            pass  # the log has its stack; or the app went on as if nothing were
         elif isinstance(trouble, InterruptedWriteError):
             self._log.exception("Error handling request %s", self._request.uri)
         elif trouble.errno not in _CLIENT_GONE:
