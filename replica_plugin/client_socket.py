@@ -151,6 +151,13 @@ class ClientSocket(Socket):
         with suppress(OSError):  # the client has left
             super().send(data, NOW)
 
+    def part(self, nowhere: int) -> None:
+        """In a child that the app has forked, whose other greenlets may be at work here, too: the
+        client is its parent's."""
+        self.trouble = AnsweredError()
+        if self.fileno() >= 0:  # else the dispatcher has it
+            os.dup2(nowhere, self.fileno(), inheritable=False)
+
     def discard(self) -> None:
         """Take back what is held, and what is left."""
         self._head, self.answering = b"", False

@@ -77,6 +77,9 @@ class Client(Protocol):
     def answer_instead(self, data: bytes) -> None:
         """Send what there is room for, at once."""
 
+    def part(self, nowhere: int) -> None:
+        """In a child that the app has forked: be out of its reach, and `nowhere` in its place."""
+
 
 class Run:
     """One request in a slot. `permit` says whether this process may begin its response."""
@@ -195,6 +198,12 @@ class Watch:
 
     def end(self, slot: int) -> None:
         self._runs[slot] = None
+
+    def part(self, nowhere: int) -> None:
+        """In a child that the app has forked: the clients of these requests are its parent's."""
+        for run in self._runs:
+            if run is not None and run.client is not None:
+                run.client.part(nowhere)
 
     def look(self, now: float, tell: Tell) -> float:
         """Called by the attendant: see to what is overdue. When to look again at the latest.

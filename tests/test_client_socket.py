@@ -13,7 +13,7 @@ from contextlib import suppress
 import gevent
 import pytest
 
-from replica_plugin.client_socket import ClientSocket, InterruptedWriteError
+from replica_plugin.client_socket import AnsweredError, ClientSocket, InterruptedWriteError
 from replica_plugin.green import GreenClientSocket
 
 
@@ -170,6 +170,25 @@ def test_nothing_follows_a_rest_whose_sending_was_interrupted():
         with pytest.raises(KeyboardInterrupt):
             sock.send_left()
         assert isinstance(sock.trouble, InterruptedWriteError)
+
+
+def test_in_a_child_that_the_app_forks_nothing_is_read_from_or_written_to_the_client():
+    """Nor by a greenlet of the child's that waits for the client."""
+    theirs, ours = socket.socketpair()
+    nowhere, other = socket.socketpair()
+    other.close()
+    theirs.sendall(b"body")
+    sock = client_socket(ours.family, ours.detach(), room=1 << 30)
+    with theirs, nowhere, sock:
+        sock.sendall(b"head:")
+        sock.finish()
+        sock.sendall(b"x" * (1 << 24))
+        sock.part(nowhere.fileno())
+        with pytest.raises(AnsweredError):
+            sock.sendall(b"more")
+        with pytest.raises(BrokenPipeError):
+            sock.send_left()
+        assert sock.recv(100) == b""
 
 
 def test_in_gevent_mode_a_timeout_of_the_app_s_own_is_not_the_client_s():
