@@ -33,7 +33,8 @@ from .unpatched import Socket, poll
 JOINED = 1 << 16  # bytes of body up to which copying it behind the head is cheaper than a write
 TURN = 0.25  # seconds after which a thread that waits for a client can be interrupted, at most
 _TIMEVAL = struct.Struct("ll")
-_INTERIM = b"1"  # the first digit of a status that is no response yet: 103 Early Hints
+_INTERIM = b"1"  # the first digit of a status behind which no body comes
+_HINTS = b"103"
 
 
 class ReceiveTimeoutError(TimeoutError):
@@ -126,16 +127,36 @@ class ClientSocket(Socket):
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """As socket.sendall; holds the head. Raises SendTimeoutError."""
-        if self.answering or data[9:10] == _INTERIM:
+        if self.answering:
             self._write(data)
+        elif data[9:10] == _INTERIM:
+            self._send_interim(data)
         else:
             self.answering = True
             self._head = data
+
+    def _send_interim(self, data: bytes) -> None:
+        """Early Hints are no answer yet, unless the client takes but a part of them at once.
+
+        Sent in one go, nothing that others write at the same time comes between.
+        """
+        if self.trouble is None and data[9:12] == _HINTS:
+            with suppress(OSError):  # the write finds it, too
+                data = data[super().send(data, NOW) :]
+        if data:
+            self._write(data)
 
     def answer_instead(self, data: bytes) -> None:
         """Called by the attendant, to which the response belongs: send what there is room for."""
         with suppress(OSError):  # the client has left
             super().send(data, NOW)
+
+    def part(self, nowhere: int) -> None:
+        """In a child that the app has forked, whose other greenlets may be at work here, too: the
+        client is its parent's."""
+        self.trouble = AnsweredError()
+        if self.fileno() >= 0:  # else the dispatcher has it
+            os.dup2(nowhere, self.fileno(), inheritable=False)
 
     def discard(self) -> None:
         """Take back what is held, and what is left."""
@@ -205,27 +226,25 @@ class ClientSocket(Socket):
         """Send everything. Raises SendTimeoutError when the client takes nothing for too long."""
         self._begin()
         head, self._head = self._head, b""
+        send = self._send_or_leave if self._finishing else self._send_all
         try:
             if head and len(data) > JOINED:
-                self._send_all(head, socket.MSG_MORE)
+                send(head, socket.MSG_MORE)
             elif head:
                 data = head + data
-            if self._finishing:
-                self._send_or_leave(data)
-            else:
-                self._send_all(data)
+            send(data)
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
         except BaseException:
             self.trouble = InterruptedWriteError()
             raise
 
-    def _send_or_leave(self, data: bytes) -> None:
+    def _send_or_leave(self, data: bytes, flags: int = 0) -> None:
         """Send what the client takes at once, and as much more as there is no room for."""
         sent = 0
         if not self.left:
             with suppress(BlockingIOError):
-                sent = super().send(data, NOW)
+                sent = super().send(data, flags | NOW)
         if sent < len(data):
             self.left.append(memoryview(data)[sent:])
             self._left_size += len(data) - sent

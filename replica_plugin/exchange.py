@@ -25,7 +25,13 @@ from gunicorn.http import wsgi
 from gunicorn.http.errors import NoMoreData
 
 from .channel import LARGEST, End, Job, Kind, Report
-from .client_socket import AnsweredError, ClientSocket, ReceiveTimeoutError, SendTimeoutError
+from .client_socket import (
+    AnsweredError,
+    ClientSocket,
+    InterruptedWriteError,
+    ReceiveTimeoutError,
+    SendTimeoutError,
+)
 from .environ import WAITED
 from .errors import OverdueError
 from .overdue import Run
@@ -161,6 +167,8 @@ class Exchange:
                     self._go_on_without_client(response)
         finally:
             took = self._took
+            if took is None and self._is_too_late:
+                took = datetime.now() - began
             answered = self._run.is_answered or isinstance(self._sock.trouble, AnsweredError)
             if took is not None and not answered:  # else that answer is in the log
                 if self._sock.trouble is not None and self._is_too_late:
@@ -168,6 +176,9 @@ class Exchange:
                 self._log.access(response, self._request, environ, took)
 
     def _run_app(self, environ: dict[str, Any], response: Any, began: datetime) -> None:
+        if self._run.tale:  # its time was over before the app could be interrupted
+            self._run.claim_for_slot()  # by then it is known who answers
+            raise OverdueError
         sock = self._sock
         body = self._body = self._worker.wsgi(environ, response.start_response)
         if type(body) in (list, tuple):
@@ -278,20 +289,10 @@ class Exchange:
 
     def _on_error(self, error: BaseException) -> int:
         """Say what went wrong to the client, if it can still be told, and to the log."""
-        trouble = self._sock.trouble
         if self._is_too_late:
             return self._too_late()
-        if isinstance(trouble, SendTimeoutError):
-            self._log.warning("A client took nothing for send_timeout: cut off")
-            return End.ABORT
-        if trouble is not None:
-            if isinstance(trouble, AnsweredError):
-                return self._answered()
-            if isinstance(error, OverdueError):
-                return End.ABORT
-            if trouble.errno not in _CLIENT_GONE:
-                self._log.exception("Socket error processing request.")
-            return End.ABORT
+        if self._sock.trouble is not None:
+            return self._on_trouble(self._sock.trouble, error)
         if isinstance(error, OverdueError):
             return self._overdue()
         if isinstance(error, _CutShortError):
@@ -301,6 +302,20 @@ class Exchange:
             return End.LINGER
         self._worker.handle_error(self._request, self._sock, self._job.client, error)
         return self._told()
+
+    def _on_trouble(self, trouble: OSError, error: BaseException) -> int:
+        """The client can be told nothing; `error` may be what the app made of that."""
+        if isinstance(trouble, AnsweredError):
+            return self._answered()
+        if isinstance(trouble, SendTimeoutError):
+            self._log.warning("A client took nothing for send_timeout: cut off")
+        elif isinstance(error, (OverdueError, InterruptedWriteError)):
+            pass  # the log has its stack; or the app went on as if nothing were
+        elif isinstance(trouble, InterruptedWriteError):
+            self._log.exception("Error handling request %s", self._request.uri)
+        elif trouble.errno not in _CLIENT_GONE:
+            self._log.exception("Socket error processing request.")
+        return End.ABORT
 
     @property
     def _is_too_late(self) -> bool:

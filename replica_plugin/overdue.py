@@ -34,7 +34,6 @@ import ctypes
 import math
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -44,6 +43,7 @@ from typing import Any, Protocol, TypeVar
 from .answers import overdue
 from .channel import Job
 from .errors import OverdueError
+from .unpatched import get_ident
 
 SIGNAL = signal.SIGRTMIN + 6
 """Interrupts the main thread, where slots are: with one of them, and in gevent mode."""
@@ -76,6 +76,9 @@ class Client(Protocol):
 
     def answer_instead(self, data: bytes) -> None:
         """Send what there is room for, at once."""
+
+    def part(self, nowhere: int) -> None:
+        """In a child that the app has forked: be out of its reach, and `nowhere` in its place."""
 
 
 class Run:
@@ -196,6 +199,12 @@ class Watch:
     def end(self, slot: int) -> None:
         self._runs[slot] = None
 
+    def part(self, nowhere: int) -> None:
+        """In a child that the app has forked: the clients of these requests are its parent's."""
+        for run in self._runs:
+            if run is not None and run.client is not None:
+                run.client.part(nowhere)
+
     def look(self, now: float, tell: Tell) -> float:
         """Called by the attendant: see to what is overdue. When to look again at the latest.
 
@@ -236,7 +245,7 @@ class ThreadInterrupter:
     a sleep or a read, comes to its end first.
     """
 
-    here = staticmethod(threading.get_ident)
+    here = staticmethod(get_ident)
 
     def frame(self, where: int) -> FrameType | None:
         return sys._current_frames().get(where)

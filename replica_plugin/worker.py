@@ -175,7 +175,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._watch = Watch(count, self._interrupter(), self._wake_attendant)
         self._slots = [Slot(self, i, self._cells, self._watch) for i in range(count)]
         self._working = count
-        self._nowhere, other = socketpair(socket.SOCK_SEQPACKET)
+        self._nowhere, other = socketpair(socket.SOCK_STREAM)
         other.close()
         self._forking = threading.local()
         os.register_at_fork(
@@ -199,8 +199,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     def _part_from_parent(self) -> None:
         """A child that the app forks, in which gevent's hub turns on, takes no requests of ours.
 
-        There may be no descriptor left for that; so `_nowhere` was made before. Nor does it answer
-        any. It ends when told to, which our handlers would ignore.
+        There may be no descriptor left for that; so `_nowhere` was made before. Nor does it read or
+        answer any of those that run. It ends when told to, which our handlers would ignore.
         """
         try:
             for number in hook.ENDINGS:
@@ -214,7 +214,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             for slot in self._slots:
                 slot.forget()
             self._cells.part()
-            self._cells.silence()
+            self._watch.part(self._nowhere.fileno())
         finally:
             self._let_signals_come()
 

@@ -165,6 +165,12 @@ def echo(environ, start_response, rest):
     return answer(start_response, environ["wsgi.input"].read())
 
 
+def hinted(environ, start_response, rest):
+    """Early Hints, and then the body that was sent."""
+    environ["wsgi.early_hints"]([("Link", "</a.css>; rel=preload")])
+    return echo(environ, start_response, rest)
+
+
 def caught(environ, start_response, rest):
     """Answer whatever happens to the body, as Flask does."""
     try:
@@ -334,6 +340,7 @@ HANDLERS = {
     "grip": grip,
     "held-large": held_large,
     "hello": hello,
+    "hinted": hinted,
     "hold": hold,
     "ignore": ignore,
     "large": large,

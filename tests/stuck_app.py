@@ -77,6 +77,12 @@ def begun(environ, start_response, name):
     spin(environ, start_response, name)
 
 
+def hinted(environ, start_response, name):
+    """Early Hints only, which are no response yet."""
+    environ["wsgi.early_hints"]([("Link", "</a.css>; rel=preload")])
+    spin(environ, start_response, name)
+
+
 class Closing:
     """A body whose closing does not end."""
 
@@ -110,6 +116,6 @@ def near(environ, start_response, seconds):
 
 served_app.HANDLERS.update(
     spin=spin, sleep=sleep, read=read, grip=grip, swallow=swallow, clean=clean, count=count,
-    begun=begun, near=near, closing=closing, folding=folding,
+    begun=begun, near=near, closing=closing, folding=folding, hinted=hinted,
 )  # fmt: skip
 application = served_app.application

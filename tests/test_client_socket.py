@@ -13,7 +13,7 @@ from contextlib import suppress
 import gevent
 import pytest
 
-from replica_plugin.client_socket import ClientSocket, InterruptedWriteError
+from replica_plugin.client_socket import AnsweredError, ClientSocket, InterruptedWriteError
 from replica_plugin.green import GreenClientSocket
 
 
@@ -91,6 +91,20 @@ def test_nothing_follows_a_write_that_was_interrupted():
     assert set(received[5:]) == {ord("x")}
 
 
+def test_hints_of_which_the_client_takes_but_a_part_are_a_response_begun():
+    """Whoever answered in place of the slot would do so in their middle."""
+    theirs, ours = socket.socketpair()
+    hint = b"HTTP/1.1 103 Early Hints\r\nLink: " + b"x" * (1 << 24) + b"\r\n\r\n"
+    sock = client_socket(ours.family, ours.detach(), Interrupted)
+    with theirs, sock:
+        sock.sendall(hint[:40])
+        assert not sock.written
+        with pytest.raises(KeyboardInterrupt):
+            sock.sendall(hint)
+        assert sock.written
+        assert isinstance(sock.trouble, InterruptedWriteError)
+
+
 def test_a_timeout_that_the_app_gives_new_sockets_is_not_the_client_s():
     """gunicorn's own workers take it off, too. O_NONBLOCK would be set for all who hold it."""
     theirs, ours = socket.socketpair()
@@ -132,6 +146,20 @@ def test_a_file_comes_behind_its_head_also_when_the_head_had_no_room(tmp_path):
     assert b"".join(received)[filled:] == b"head:" + b"f" * 3000
 
 
+@pytest.mark.parametrize("size", [1 << 10, 1 << 20])
+def test_of_a_response_that_is_complete_the_head_does_not_wait_for_the_client_either(size):
+    theirs, ours = socket.socketpair()
+    with suppress(BlockingIOError):
+        while True:
+            ours.send(b"x" * 1000, socket.MSG_DONTWAIT)
+    sock = client_socket(ours.family, ours.detach(), Interrupted, room=2 << 20)
+    with theirs, sock:
+        sock.finish()
+        sock.sendall(b"head:")
+        sock.sendall(b"f" * size)
+        assert sum(map(len, sock.left)) == len("head:") + size
+
+
 def test_nothing_follows_a_rest_whose_sending_was_interrupted():
     theirs, ours = socket.socketpair()
     sock = client_socket(ours.family, ours.detach(), Interrupted, room=1 << 30)
@@ -142,6 +170,25 @@ def test_nothing_follows_a_rest_whose_sending_was_interrupted():
         with pytest.raises(KeyboardInterrupt):
             sock.send_left()
         assert isinstance(sock.trouble, InterruptedWriteError)
+
+
+def test_in_a_child_that_the_app_forks_nothing_is_read_from_or_written_to_the_client():
+    """Nor by a greenlet of the child's that waits for the client."""
+    theirs, ours = socket.socketpair()
+    nowhere, other = socket.socketpair()
+    other.close()
+    theirs.sendall(b"body")
+    sock = client_socket(ours.family, ours.detach(), room=1 << 30)
+    with theirs, nowhere, sock:
+        sock.sendall(b"head:")
+        sock.finish()
+        sock.sendall(b"x" * (1 << 24))
+        sock.part(nowhere.fileno())
+        with pytest.raises(AnsweredError):
+            sock.sendall(b"more")
+        with pytest.raises(BrokenPipeError):
+            sock.send_left()
+        assert sock.recv(100) == b""
 
 
 def test_in_gevent_mode_a_timeout_of_the_app_s_own_is_not_the_client_s():

@@ -426,9 +426,38 @@ def test_a_child_that_comes_back_from_the_app_answers_nobody_and_ends(start, mod
     if mode == "gevent":
         pytest.skip("it goes on with what its parent's other greenlets were doing")
     config = {"processes_per_replica": 1, "threads_per_process": threads}
-    server = start(config=config, app="forking:application", files={"forking.py": COMES_BACK})
+    files = {"forking.py": COMES_BACK}
+    server = start("--access-logfile", "-", config=config, app="forking:application", files=files)
     with server.connect() as client:
         assert [client.get("/").body for _ in range(3)] == [b"parent"] * 3
+    server.wait_numbers(running=0)
+    assert server.log.count('"GET / HTTP/1.1" 200') == 3
+
+
+GOES_ON = """
+import os
+
+def application(environ, start_response):
+    start_response("200 OK", [("Content-Type", "text/plain")])
+    yield b"begun by "
+    child = os.fork()
+    if child:
+        os.waitpid(child, 0)
+        yield b"parent"
+    else:
+        try:
+            yield b"child!"
+        finally:
+            os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_child_that_the_app_has_forked_adds_nothing_to_a_response_that_has_begun(start, threads):
+    config = {"processes_per_replica": 1, "threads_per_process": threads}
+    server = start(config=config, app="forking:application", files={"forking.py": GOES_ON})
+    with server.connect() as client:
+        assert [client.get("/").body for _ in range(3)] == [b"begun by parent"] * 3
 
 
 LATE = """

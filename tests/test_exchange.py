@@ -39,13 +39,17 @@ class Process:
 
 
 class Quiet:
-    """A log, which notes those that access it would have."""
+    """A log, which notes what access it would have, and which exceptions."""
 
     def __init__(self) -> None:
         self.accesses: list[str] = []
+        self.exceptions: list[str] = []
 
     def access(self, response: Any, *more: Any) -> None:
         self.accesses.append(response.status)
+
+    def exception(self, text: str, *arguments: Any) -> None:
+        self.exceptions.append(text % arguments)
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments, **named: None
@@ -114,7 +118,7 @@ def test_one_that_is_silenced_and_then_interrupted_says_that_it_has_not():
 class Slow(ClientSocket):
     """That of a client which takes nothing of the last part."""
 
-    def _send_or_leave(self, data: bytes) -> None:
+    def _send_or_leave(self, data: bytes, flags: int = 0) -> None:
         self.left.append(memoryview(data))
 
 
@@ -203,6 +207,41 @@ def test_what_a_slot_must_send_itself_does_not_change_how_the_connection_goes_on
         sock.shutdown(socket.SHUT_WR)
         assert report.end == End.LINGER
         assert reading.result() > size
+
+
+class Interrupted(ClientSocket):
+    """A write that waits for its client is interrupted."""
+
+    def _send_some(self, data: memoryview, flags: int) -> int:
+        raise OverdueError
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"), [(RuntimeError, ["Error handling request /"]), (OverdueError, [])]
+)
+def test_what_an_app_raises_after_an_interrupted_write_is_no_error_of_the_socket_s(error, logged):
+    class Body:
+        def __iter__(self) -> Any:
+            return iter([b"x" * (4 << 20)])
+
+        def close(self) -> None:
+            raise error
+
+    def app(environ: Any, start_response: Any) -> Body:
+        start_response("200 OK", [])
+        return Body()
+
+    client, ours = socket.socketpair()
+    client.sendall(REQUEST)
+    run = Run(job(), None, lambda: True, Nobody())
+    sock = Interrupted(
+        ours.family, ours.type, ours.detach(), run.may_write, lambda: None, lambda: 0
+    )
+    run.client = sock
+    process = Process(app)
+    with client, sock:
+        assert Exchange(process, job(), sock, run).run().end == End.ABORT
+    assert process.log.exceptions == logged
 
 
 @pytest.mark.parametrize("app", [answers, fails])

@@ -578,3 +578,19 @@ def test_in_thread_mode_with_one_slot_an_app_that_has_gevent_patch_python_is_ser
     finish(actor)
     stage.next().finish()
     close(clients)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_in_thread_mode_a_configuration_that_patches_first_leaves_a_stuck_request_interrupted(
+    start, stage, threads
+):
+    """gevent's name for a thread is not the system's: to signal that one would end the process."""
+    config = {"processes_per_replica": 1, "threads_per_process": threads, "request_timeout": "1s"}
+    base, files = ("-c", "conf.py"), {"conf.py": PATCHED_EARLY}
+    server = start(config=config, base=base, app="stuck_app:application", files=files)
+    stuck = server.later("/spin/x")
+    finish(stage.next())
+    assert stuck.result().status == 504
+    server.wait_numbers(running=0, processes=1)
+    assert re.search(r'stuck_app.py", line \d+, in spin', server.log)
+    assert server.get("/count").status == 200

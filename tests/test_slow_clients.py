@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server, wait_for
 from stage import Stage
+from wire import Wire, request
 
 pytestmark = IN_BOTH_MODES
 
@@ -250,13 +251,17 @@ def running_never(server: Server) -> bool:
 def test_a_body_that_stops_in_a_slot_is_told_so_and_gives_the_slot_back(hurried, which):
     """More than request_buffer: the slot reads on, for as long as something comes."""
     with hurried.connect(which) as client:
-        client.send(HALF.replace("1000", "300000")).send(b"x" * 100_000)
+        half = HALF.replace("echo", f"echo/{which}").replace("1000", "300000")
+        client.send(half).send(b"x" * 100_000)
         hurried.wait_numbers(running=1)
         reply = client.reply()
         assert reply.status == 408
         assert b"receive_timeout" in reply.body
     hurried.wait_numbers(running=0)
     assert hurried.get("/hello", which).status == 200
+    access = hurried.folder / "access.log"
+    line = f'"POST /echo/{which} HTTP/1.1" 408 '
+    wait_for(lambda: line in access.read_text(), "the access log")
 
 
 def test_a_body_that_stops_is_told_so_also_when_the_app_would_answer_something_else(hurried, which):
@@ -269,6 +274,12 @@ def test_a_body_that_stops_is_told_so_also_when_the_app_would_answer_something_e
     access = hurried.folder / "access.log"
     wait_for(lambda: '"POST /caught HTTP/1.1" 408 ' in access.read_text(), "the access log")
     assert "Socket error processing request." not in hurried.log
+
+
+def test_a_body_that_stops_after_early_hints_is_told_so(hurried, which):
+    with Wire(hurried.addresses[which]) as wire:
+        wire.send(request("/hinted", "Content-Length: 300000", method="POST"), b"x" * 100_000)
+        assert [wire.reply().status, wire.reply().status] == [103, 408]
 
 
 def test_a_connection_that_a_probe_began_has_the_same_limits(hurried, which):

@@ -10,6 +10,7 @@ import time
 import pytest
 from server import IN_BOTH_MODES, STOCK, Load, Server, wait_for
 from stage import PATIENCE, Stage
+from wire import Wire, request
 
 from replica_plugin import overtime
 
@@ -27,6 +28,13 @@ class Spinning(Logger):
         while not os.path.exists("go"):
             pass
         super().access(*arguments)
+"""
+SLOW_HOOK = """\
+import os
+from replica_plugin.conf import *
+def pre_request(worker, request):
+    while request.path == "/hold/x" and not os.path.exists("go"):
+        pass
 """
 TOLD = b"The app did not answer within request_timeout (0.5 s).\n"
 
@@ -124,6 +132,18 @@ def test_a_response_that_has_begun_is_cut_short_and_its_slot_goes_on(serve, stag
     server.wait_numbers(running=0)
     assert server.get("/count").json["pid"] == pid
     assert re.findall(r'"GET /begun/x HTTP/1.1" (\d+)', server.log) == ["200"]
+
+
+@IN_BOTH_MODES
+@both
+def test_early_hints_do_not_stand_in_for_an_answer(serve, stage, threads):
+    server = serve(threads)
+    with Wire(server.address) as wire:
+        wire.send(request("/hinted/x"))
+        let(stage, "x")
+        assert [wire.reply().status, wire.reply().body] == [103, TOLD]
+        server.wait_numbers(running=0, processes=1)
+    assert re.findall(r'"GET /hinted/x HTTP/1.1" (\d+)', server.log) == ["504"]
 
 
 @IN_BOTH_MODES
@@ -329,6 +349,18 @@ def test_a_logger_is_not_interrupted_which_might_stay_locked(start, threads):
         (server.folder / "go").touch()
         server.wait_log('"GET /hello HTTP/1.1" 200')
         assert client.get("/hello").status == 200
+
+
+@IN_BOTH_MODES
+@both
+def test_a_request_whose_time_is_over_in_a_hook_does_not_reach_the_app(start, stage, threads):
+    config = {"threads_per_process": threads, "request_timeout": LIMIT}
+    server = start(config=config, base=("-c", "hook.py"), files={"hook.py": SLOW_HOOK})
+    reply = server.get("/hold/x")
+    assert (reply.status, reply.body) == (504, TOLD)
+    (server.folder / "go").touch()
+    server.wait_numbers(running=0, processes=1)
+    assert stage.is_empty()
 
 
 @IN_BOTH_MODES
