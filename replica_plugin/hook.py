@@ -246,9 +246,14 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     spawn_worker = arbiter.spawn_worker
 
     def wrapped_spawn_worker() -> Any:
-        """In the master signals are blocked for no longer than the fork takes."""
+        """In the master signals are blocked for no longer than the fork takes, and one process
+        that cannot be forked is no reason to end those that serve."""
         try:
             return spawn_worker()
+        except Exception as error:  # for want of memory, processes, descriptors, or in a hook
+            if os.getpid() != arbiter.pid or not ours.replica_page.read().was_ready:
+                raise
+            ours.not_forked(error)
         finally:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 

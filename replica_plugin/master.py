@@ -7,8 +7,8 @@ that was not there reads the page when it comes.
 gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods are
 wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
-again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost),
-`manage_workers` (a supervisor that died is replaced),
+again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost; one
+that cannot be forked does not end the others), `manage_workers` (a supervisor that died is replaced),
 `reap_workers` (a stop comes to its end, whatever processes end with),
 `kill_workers` (a stop is hurried with QUIT), `reexec` (another master shares our sockets) and
 `handle_usr1` (logs are reopened).
@@ -124,6 +124,12 @@ class Master:
     def before_fork(self, age: int) -> None:
         """A process of this age is about to be born."""
         self.tell(age)
+
+    def not_forked(self, error: Exception) -> None:
+        """Nor was it. The arbiter tries again within a second, if a process is missing."""
+        self._arbiter.log.error("No process can be started: %r", error)
+        self._arbiter.worker_age -= 1
+        self.tell()
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""

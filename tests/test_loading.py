@@ -461,3 +461,48 @@ def test_a_process_told_to_end_while_gunicorn_sets_its_handlers_does_not_load_fi
     assert server.get("/").body == b"here"
     assert (server.folder / "told").exists()
     assert (server.folder / "loads").read_text() == "x"
+
+
+# Processes that cannot be started.
+
+NO_FORK = (
+    IMPORT
+    + """
+import os
+
+fork = os.fork
+
+def fork_if_possible():
+    if os.path.exists("full"):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+
+os.fork = fork_if_possible
+"""
+)
+
+
+def test_while_no_process_can_be_forked_those_that_are_there_serve_on(start, stage):
+    server = start(base=(), files={"gunicorn.conf.py": NO_FORK}, config=TWO)
+    running = server.later("/hold/x")
+    actor = stage.next()
+    idle = next(pid for pid in server.workers if pid != actor.pid)
+    (server.folder / "full").touch()
+    server.tell(signal.SIGKILL, idle)
+    server.wait_log("No process can be started: BlockingIOError.11, 'Resource temporarily una", 2)
+    actor.finish()
+    assert running.result().status == server.get("/hello").status == 200
+    server.tell(signal.SIGKILL, actor.pid)
+    wait_for(lambda: server.get("/-/healthz").status == 503, "none that boots, nor seems to")
+    (server.folder / "full").unlink()
+    server.wait_numbers(processes=2, slots=4)
+    server.tell(signal.SIGTERM, server.workers[0])
+    server.wait_log("Booting worker", 5)
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_a_process_that_cannot_be_forked_at_the_start_ends_gunicorn(start):
+    files = {"gunicorn.conf.py": NO_FORK, "full": ""}
+    ended = start.to_its_end(base=(), files=files)
+    assert ended.code == 255
+    assert "Resource temporarily unavailable" in ended.output
