@@ -188,7 +188,7 @@ def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
-        _master.tell()
+        _master.after_end(worker.age, worker.pid)
 
 
 def _worker_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -243,19 +243,6 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     """Have some of the arbiter's methods do our part, too."""
     stop, setup, handle_usr1 = arbiter.stop, arbiter.setup, arbiter.handle_usr1
     reload, reexec, kill_workers = arbiter.reload, arbiter.reexec, arbiter.kill_workers
-    spawn_worker = arbiter.spawn_worker
-
-    def wrapped_spawn_worker() -> Any:
-        """In the master signals are blocked for no longer than the fork takes, and one process
-        that cannot be forked is no reason to end those that serve."""
-        try:
-            return spawn_worker()
-        except Exception as error:  # for want of memory, processes, descriptors, or in a hook
-            if os.getpid() != arbiter.pid or not ours.replica_page.read().was_ready:
-                raise
-            ours.not_forked(error)
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()
@@ -292,11 +279,24 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         setup=wrapped_setup,
         reload=wrapped_reload,
         reexec=wrapped_reexec,
-        spawn_worker=wrapped_spawn_worker,
+        spawn_worker=partial(_spawn, arbiter.spawn_worker, arbiter, ours),
         manage_workers=partial(ours.manage, arbiter.manage_workers),
         reap_workers=partial(_reap, arbiter.reap_workers, ours),
         handle_usr1=wrapped_usr1,
     )
+
+
+def _spawn(spawn_worker: Callable[[], Any], arbiter: Arbiter, ours: Master) -> Any:
+    """In the master signals are blocked for no longer than the fork takes, and a process that
+    cannot be forked is no reason to end those that serve."""
+    try:
+        return spawn_worker()
+    except Exception as error:  # for want of memory, processes, descriptors, or in a hook
+        if os.getpid() != arbiter.pid or not ours.replica_page.read().was_ready:
+            raise
+        ours.not_forked(error)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
 
 
 def _reap(reap_workers: Callable[[], None], ours: Master) -> None:

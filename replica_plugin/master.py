@@ -8,8 +8,9 @@ gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its
 wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
 again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost; one
-that cannot be forked does not end the others), `manage_workers` (a supervisor that died is replaced),
-`reap_workers` (a stop comes to its end, whatever processes end with),
+that cannot be forked does not end the others), `manage_workers` (a supervisor that died is
+replaced, and one that did not load the app not at once), `reap_workers` (a stop comes to its end,
+whatever processes end with),
 `kill_workers` (a stop is hurried with QUIT), `reexec` (another master shares our sockets) and
 `handle_usr1` (logs are reopened).
 """
@@ -39,6 +40,7 @@ from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
 from .heritage import is_dead
+from .loading import Pauses
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .settled import refuses_at_once
@@ -94,6 +96,7 @@ class Master:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
         self.load_page = LoadPage()
+        self._pauses = Pauses(self.load_page)
         self.control, self._control_out = control_pair()
         self._arbiter = arbiter
         self._stop: Stop | None = None
@@ -131,6 +134,21 @@ class Master:
         self._arbiter.worker_age -= 1
         self.tell()
 
+    def after_end(self, age: int, pid: int) -> None:
+        """A process has ended, and the arbiter will see whether it is missing."""
+        if self._is_one_missing() and not self.stopping:
+            pause = self._pauses.begin(age, time.monotonic())
+            if pause:
+                self._arbiter.log.error(
+                    "Process %d ended before it had loaded the app: the next one starts in %g s",
+                    pid,
+                    pause,
+                )
+        self.tell()
+
+    def _is_one_missing(self) -> bool:
+        return len(self._arbiter.WORKERS) < self._arbiter.num_workers
+
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
         if bool(self._arbiter.master_pid) != self._beside:  # it has gone, and we are promoted
@@ -142,7 +160,8 @@ class Master:
                 self._start_supervisor()
             except OSError as error:
                 log.error("No supervisor can be started: %s", error)
-        manage_workers()
+        if time.monotonic() >= self._pauses.until or not self._is_one_missing():
+            manage_workers()
 
     def restore_timeout(self) -> None:
         """graceful_timeout is again what the user wants; see hook.py."""

@@ -130,7 +130,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         far = time.monotonic() + LOAD_TIME
         os.utime(self.tmp.fileno(), (far, far))
         master = self._master
-        loading = Loading(self, master.load_page, master.page, master.replica_page)
+        loading = Loading(self, master.load_page, master.page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
         loading.run(self._load_and_warm_up, staggered)
         master.load_page.close()

@@ -6,19 +6,16 @@ to the master.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
-from types import SimpleNamespace
 
 import pytest
 from server import IN_BOTH_MODES, Load, wait_for
-from test_fuzz_processes import WISHES
 from test_hook_start import APP, IMPORT
 
-from replica_plugin.loading import LONGEST_PAUSE, Loading
-from replica_plugin.pages import LoadPage, MasterPage, Numbers, ReplicaPage
+from replica_plugin.loading import LONGEST_PAUSE, Pauses
+from replica_plugin.pages import LoadPage
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 BROKEN = "raise RuntimeError('a broken deploy')\n"
@@ -139,12 +136,14 @@ def test_while_the_app_cannot_load_no_process_is_retired_for_max_requests(start)
     assert load.failures == []
 
 
-def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start):
+@pytest.mark.parametrize("text", [BROKEN, KILLED])
+def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start, text):
     server = start_app(start, config=TWO)
-    deploy(server, BROKEN)
+    deploy(server, text)
     server.tell(signal.SIGKILL, server.workers[0])
-    server.wait_log("not sooner than in 4 s, if one is missing now")
-    assert re.findall(r"not sooner than in (\d+) s", server.log) == ["1", "2", "4"]
+    server.wait_log("had loaded the app: the next one starts in 4 s")
+    assert re.findall(r"the next one starts in (\d+) s", server.log) == ["1", "2", "4"]
+    assert server.log.count("Booting worker") == 5
     assert server.get("/").status == 200
     deploy(server, APP)
     server.wait_numbers(processes=2, slots=4)
@@ -245,23 +244,25 @@ def test_a_post_worker_init_that_raises_at_the_start_ends_gunicorn(start, mode):
     assert start.to_its_end(base=(), files=files).code == 3
 
 
-def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(
-    caplog, monkeypatch
-):
-    """With one a minute that takes 17 hours; an error of ours would be a failure to boot."""
-    page, master, replica = LoadPage(), MasterPage(), ReplicaPage()
-    replica.write(Numbers(was_ready=1))
-    master.write(WISHES.encode())  # none is missing
-    for _ in range(1024):
-        page.note_failure()
-    monkeypatch.setattr("replica_plugin.loading.start_new_thread", lambda *_: None)
-    process = SimpleNamespace(age=1024, ppid=os.getppid(), alive=True, log=logging.getLogger())
-    with pytest.raises(SystemExit) as end:
-        Loading(process, page, master, replica).run(lambda: 1 / 0, staggered=False)
-    for each in (page, master, replica):
-        os.close(each.fd)
-    assert end.value.code == 1
-    assert f"not sooner than in {LONGEST_PAUSE:g} s" in caplog.text
+def test_a_failure_after_a_thousand_others_in_a_row_is_one_like_the_first():
+    """With one a minute that takes 17 hours; an error of ours would end gunicorn."""
+    page = LoadPage()
+    pauses, now = Pauses(page), 0.0
+    for age in range(1024):
+        now += pauses.begin(age + 1, now)
+    assert pauses.begin(1025, now) == LONGEST_PAUSE
+    os.close(page.fd)
+
+
+def test_those_that_fail_together_are_one_failure_and_one_that_has_loaded_ends_the_row():
+    page = LoadPage()
+    pauses = Pauses(page)
+    assert [pauses.begin(age, 10.0) for age in (1, 2, 3)] == [1.0, 0.0, 0.0]
+    assert pauses.begin(4, 11.0) == 2.0
+    page.note_loaded(5, [5])
+    assert pauses.begin(5, 20.0) == 0.0
+    assert pauses.begin(6, 20.0) == 1.0
+    os.close(page.fd)
 
 
 def test_an_app_that_has_been_served_can_fail_in_all_processes_and_come_back(start):
