@@ -287,10 +287,14 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
 
 
 def _spawn(spawn_worker: Callable[[], Any], arbiter: Arbiter, ours: Master) -> Any:
-    """In the master signals are blocked for no longer than the fork takes, and a process that
-    cannot be forked is no reason to end those that serve."""
+    """In the master signals are blocked for no longer than the fork takes; and a process that
+    cannot be forked, or fails before it loads the app, is no reason to end those that serve."""
     try:
         return spawn_worker()
+    except SystemExit as end:  # of the process
+        if os.getpid() != arbiter.pid:
+            ours.see_to_end(end.code)
+        raise
     except Exception as error:  # for want of memory, processes, descriptors, or in a hook
         if os.getpid() != arbiter.pid or not ours.replica_page.read().was_ready:
             raise

@@ -26,7 +26,8 @@ from .pages import LoadPage, MasterPage
 from .rules import Wishes, decode_wishes
 from .unpatched import sleep, start_new_thread
 
-BOOT_ERROR = 3  # the exit code at which gunicorn halts
+BOOT_ERROR = 3
+HALT = (BOOT_ERROR, 4)  # the exit codes at which gunicorn halts
 LONGEST_PAUSE = 60.0
 PATIENCE = 600.0  # seconds without any change after which a process loads beside another
 END_TIME = 5.0  # seconds that the threads of an app that failed have to end
@@ -136,7 +137,7 @@ class Loading:
                 "The replica serves on with the processes it has. A HUP, or the next process that "
                 "is missing, tries again"
             )
-        _end(1 if self._load_page.was_loaded else BOOT_ERROR)
+        fail(self._load_page)
 
     def _end_without_master(self) -> None:
         if os.getppid() != self._process.ppid:
@@ -149,6 +150,11 @@ class Loading:
                 return decode_wishes(state)
             self._end_without_master()
             time.sleep(_MOMENT)
+
+
+def fail(load_page: LoadPage) -> NoReturn:
+    """End this process, and gunicorn with it if none has ever had the app."""
+    _end(1 if load_page.was_loaded else BOOT_ERROR)
 
 
 def _end(code: int) -> NoReturn:

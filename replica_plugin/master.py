@@ -40,7 +40,7 @@ from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
 from .heritage import is_dead
-from .loading import Pauses
+from .loading import HALT, Pauses, fail
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .settled import refuses_at_once
@@ -305,6 +305,11 @@ class Master:
             os.close(fd)
         self.page.only_read()
         self.replica_page.only_read()
+
+    def see_to_end(self, code: Any) -> None:
+        """In a worker that ends. In `post_fork`, say, it has failed before we could see to it."""
+        if code in HALT:
+            fail(self.load_page)
 
     def offer_socket(self) -> socket.socket:
         """Where a process registers."""

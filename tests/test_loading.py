@@ -197,6 +197,39 @@ def test_a_process_whose_post_worker_init_raises_is_one_that_cannot_load_the_app
     assert server.log.count("warms up") == 6
 
 
+POST_FORK = (
+    IMPORT
+    + """
+import os
+
+def post_fork(server, worker):
+    if os.path.exists("broken"):
+        raise ConnectionError("no metrics")
+"""
+)
+
+
+@IN_BOTH_MODES
+def test_a_process_whose_post_fork_raises_is_one_that_cannot_load_the_app(start):
+    server = start(base=(), files={"gunicorn.conf.py": POST_FORK}, config=TWO)
+    old = server.workers
+    (server.folder / "broken").touch()
+    server.tell(signal.SIGHUP)
+    server.wait_log("ConnectionError: no metrics", 2)
+    wait_for(lambda: server.workers == old, "the end of those that failed")
+    server.tell(signal.SIGKILL, old[0])
+    server.wait_log("the next one starts in 2 s")
+    assert server.get("/hello").status == 200
+    (server.folder / "broken").unlink()
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_a_post_fork_that_raises_at_the_start_ends_gunicorn(start):
+    files = {"gunicorn.conf.py": POST_FORK, "broken": ""}
+    assert start.to_its_end(base=(), files=files).code == 3
+
+
 WAITS = (
     IMPORT
     + """
