@@ -4,9 +4,9 @@
    have the app loaded. So in a reload at most p + 1 do: the next successor loads when an old
    process has gone. The turn is a lock that ends with its holder. A holder that does not come to
    an end is left behind after PATIENCE: those that wait take their turns in the next lane.
-2. The master's page says which process is the newest, and which live. So the dispatcher knows
-   that one has ended before it had the app, however it ended, and keeps those it might have
-   replaced.
+2. The master's page says which process is the first since the last reload. So the dispatcher
+   knows whether one has had the app since, and until then keeps those that might be replaced by
+   one that cannot load it.
 3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. If a process is
    missing after any other end before the app was loaded, killed or not, the master does not fork
    the next one sooner than in 1 to 60 s, so that it does not fork and fail in a circle.

@@ -119,6 +119,7 @@ class Master:
     def adopt(self, settings: Settings) -> None:
         """Take over settings, at the start and with each reload."""
         self.settings = settings
+        self._first = self._arbiter.worker_age + 1
         self._graceful_timeout: int = self._arbiter.cfg.graceful_timeout
         # Now, for the working directory may be deleted while we serve.
         self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
@@ -131,7 +132,6 @@ class Master:
     def not_forked(self, error: Exception) -> None:
         """Nor was it. The arbiter tries again within a second, if a process is missing."""
         self._arbiter.log.error("No process can be started: %r", error)
-        self._arbiter.worker_age -= 1
         self.tell()
 
     def after_end(self, age: int, pid: int) -> None:
@@ -198,7 +198,7 @@ class Master:
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
-            newest=self._arbiter.worker_age,
+            first=self._first,
             most_threads=self._most_threads,
             graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),

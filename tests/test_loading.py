@@ -114,6 +114,30 @@ def test_hup_to_an_app_whose_load_is_killed_leaves_the_old_processes_where_they_
     assert load.failures == []
 
 
+ONCE_KILLED = """\
+import os
+if os.path.exists("second") and not os.path.exists("third"):
+    open("third", "w").close()
+    os.kill(os.getpid(), 9)
+open("second", "w").close()
+""" + APP.replace("here", "there")
+
+
+@IN_BOTH_MODES
+def test_a_hup_of_whose_processes_one_is_killed_as_it_loads_comes_to_its_end(start):
+    server = start_app(start, config=TWO)
+    old = server.workers
+    with Load(server, "/") as load:
+        deploy(server, ONCE_KILLED)
+        server.tell(signal.SIGHUP)
+        wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+        server.wait_numbers(processes=2, slots=4)
+        load.go_on(50)
+    assert server.log.count("was sent SIGKILL!") == 1
+    assert load.failures == []
+    assert server.get("/").body == b"there"
+
+
 def test_a_dead_process_is_replaced_after_a_failed_hup_and_then_the_others_are_too(start):
     server = start_app(start, config=TWO)
     old = server.workers
