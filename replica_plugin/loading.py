@@ -10,7 +10,8 @@
 3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. If a process is
    missing after any other end before the app was loaded, killed or not, the master does not fork
    the next one sooner than in 1 to 60 s, so that it does not fork and fail in a circle.
-4. Python ends when all threads have. Those of an app that failed have END_TIME for it.
+4. Python ends when all threads have. Those of an app that failed have END_TIME for it; of one that
+   was served, what is left of graceful_timeout, if that is more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ BOOT_ERROR = 3
 HALT = (BOOT_ERROR, 4)  # the exit codes at which gunicorn halts
 LONGEST_PAUSE = 60.0
 PATIENCE = 600.0  # seconds without any change after which a process loads beside another
-END_TIME = 5.0  # seconds that the threads of an app that failed have to end
+END_TIME = 5.0  # seconds that the threads of an app have to end
 GLANCE = 0.02  # seconds between two looks at what has to change first
 _MOMENT = 0.001
 
@@ -159,11 +160,18 @@ def fail(load_page: LoadPage) -> NoReturn:
 
 def _end(code: int) -> NoReturn:
     """No heartbeat is due while a process loads, so that gunicorn's `timeout` would not end it."""
-    with suppress(RuntimeError):  # threads are short
-        start_new_thread(_end_for_sure, (code,))
+    end_within(END_TIME, code)
     sys.exit(code)
 
 
-def _end_for_sure(code: int) -> None:
-    sleep(END_TIME)
+def end_within(seconds: float, code: int, complain: Callable[[], None] = lambda: None) -> None:
+    """The process is about to end: see that it does, whatever threads and atexit of the app do."""
+    with suppress(RuntimeError):  # threads are short
+        start_new_thread(_end_for_sure, (seconds, code, complain))
+
+
+def _end_for_sure(seconds: float, code: int, complain: Callable[[], None]) -> None:
+    sleep(seconds)
+    with suppress(Exception):
+        complain()
     os._exit(code)
