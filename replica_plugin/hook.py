@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
-from . import boot, stats
+from . import boot, ready_file, stats
 from .config.load import Loaded, load
 from .errors import BootError, ConfigError, Place, Problem
 
@@ -392,6 +392,8 @@ def _before_listening(cfg: Config, log: Any) -> None:
     problems = boot.refusals(cfg, loaded)
     if problems:
         raise BootError("\n".join(problems))
+    if boot.is_ours(cfg) and "GUNICORN_PID" not in os.environ:  # of a master whose replica is ready
+        ready_file.forget(loaded.settings.ready_file)
     _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
 

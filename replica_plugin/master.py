@@ -111,9 +111,6 @@ class Master:
         self._started_at = 0.0
         self._beside = False  # as the page says
         self.adopt(settings)
-        if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
-            with suppress(OSError, ValueError):  # the dispatcher will say so
-                ready_file.remove(settings.ready_file)
         self._start_supervisor()
 
     def adopt(self, settings: Settings) -> None:
