@@ -293,10 +293,11 @@ class Decisions:
 
     # Events from the master, and from the clock.
 
-    def ruled(self, rules: Rules, live: Iterable[int], now: float, newest: int = 0) -> list[Action]:
-        """The master's word: the rules, and the ages of its processes, and of the `newest` fork."""
+    def ruled(self, rules: Rules, live: Iterable[int], now: float, first: int = 0) -> list[Action]:
+        """The master's word: the rules, and the ages of its processes, and of the `first` one
+        since a reload."""
         self.rules = rules
-        self.roster.told(rules.processes, live, newest)
+        self.roster.told(rules.processes, live, first)
         return self._changed() + self._start(now)
 
     def stop(self) -> None:

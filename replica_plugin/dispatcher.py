@@ -528,7 +528,7 @@ class Dispatcher:
         pausing = not wishes.rules.processes
         rules = self._decisions.rules if pausing else wishes.rules
         self._decisions.roster.draining = wishes.draining
-        self.perform(self._decisions.ruled(rules, wishes.live, now, wishes.newest), now)
+        self.perform(self._decisions.ruled(rules, wishes.live, now, wishes.first), now)
         self._stopping.pause(pausing, now)
         self._listen_if_served()
         if wishes.supervisor and not self._guard.told(wishes.supervisor):

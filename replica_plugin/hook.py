@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
-from . import boot, stats
+from . import boot, ready_file, stats
 from .config.load import Loaded, load
 from .config.settings import Settings
 from .errors import BootError, ConfigError, Place, Problem
@@ -194,7 +194,7 @@ def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
-        _master.tell()
+        _master.after_end(worker.age, worker.pid)
 
 
 def _worker_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -249,14 +249,6 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
     """Have some of the arbiter's methods do our part, too."""
     stop, setup, handle_usr1 = arbiter.stop, arbiter.setup, arbiter.handle_usr1
     reload, reexec, kill_workers = arbiter.reload, arbiter.reexec, arbiter.kill_workers
-    spawn_worker = arbiter.spawn_worker
-
-    def wrapped_spawn_worker() -> Any:
-        """In the master signals are blocked for no longer than the fork takes."""
-        try:
-            return spawn_worker()
-        finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()
@@ -293,11 +285,28 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         setup=wrapped_setup,
         reload=wrapped_reload,
         reexec=wrapped_reexec,
-        spawn_worker=wrapped_spawn_worker,
+        spawn_worker=partial(_spawn, arbiter.spawn_worker, arbiter, ours),
         manage_workers=partial(ours.manage, arbiter.manage_workers),
         reap_workers=partial(_reap, arbiter.reap_workers, ours),
         handle_usr1=wrapped_usr1,
     )
+
+
+def _spawn(spawn_worker: Callable[[], Any], arbiter: Arbiter, ours: Master) -> Any:
+    """In the master signals are blocked for no longer than the fork takes; and a process that
+    cannot be forked, or fails before it loads the app, is no reason to end those that serve."""
+    try:
+        return spawn_worker()
+    except SystemExit as end:  # of the process
+        if os.getpid() != arbiter.pid:
+            ours.see_to_end(end.code)
+        raise
+    except Exception as error:  # for want of memory, processes, descriptors, or in a hook
+        if os.getpid() != arbiter.pid or not ours.replica_page.read().was_ready:
+            raise
+        ours.not_forked(error)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def _reap(reap_workers: Callable[[], None], ours: Master) -> None:
@@ -404,6 +413,8 @@ def _before_listening(cfg: Config, log: Any) -> None:
     problems = boot.refusals(cfg, loaded)
     if problems:
         raise BootError("\n".join(each.told for each in problems))
+    if boot.is_ours(cfg) and "GUNICORN_PID" not in os.environ:  # of a master whose replica is ready
+        ready_file.forget(loaded.settings.ready_file)
     _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
 

@@ -4,13 +4,14 @@
    have the app loaded. So in a reload at most p + 1 do: the next successor loads when an old
    process has gone. The turn is a lock that ends with its holder. A holder that does not come to
    an end is left behind after PATIENCE: those that wait take their turns in the next lane.
-2. The master's page says which process is the newest, and which live. So the dispatcher knows
-   that one has ended before it had the app, however it ended, and keeps those it might have
-   replaced.
-3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. Any other
-   process that fails takes, for 1 to 60 s, the place of the one that is missing, so that
-   gunicorn does not fork and fail in a circle; if none is missing, it ends at once.
-4. Python ends when all threads have. Those of an app that failed have END_TIME for it.
+2. The master's page says which process is the first since the last reload. So the dispatcher
+   knows whether one has had the app since, and until then keeps those that might be replaced by
+   one that cannot load it.
+3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. If a process is
+   missing after any other end before the app was loaded, killed or not, the master does not fork
+   the next one sooner than in 1 to 60 s, so that it does not fork and fail in a circle.
+4. Python ends when all threads have. Those of an app that failed have END_TIME for it; of one that
+   was served, what is left of graceful_timeout, if that is more.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, NoReturn, Protocol
 
-from .pages import LoadPage, MasterPage, ReplicaPage
+from .pages import LoadPage, MasterPage
 from .rules import Wishes, decode_wishes
 from .unpatched import sleep, start_new_thread
 
-BOOT_ERROR = 3  # the exit code at which gunicorn halts
+BOOT_ERROR = 3
+HALT = (BOOT_ERROR, 4)  # the exit codes at which gunicorn halts
 LONGEST_PAUSE = 60.0
 PATIENCE = 600.0  # seconds without any change after which a process loads beside another
-END_TIME = 5.0  # seconds that the threads of an app that failed have to end
+END_TIME = 5.0  # seconds that the threads of an app have to end
 GLANCE = 0.02  # seconds between two looks at what has to change first
 _MOMENT = 0.001
 
@@ -43,16 +45,35 @@ class Process(Protocol):
     log: Any
 
 
+class Pauses:
+    """The master's: until when it forks no process in place of one that did not load the app."""
+
+    def __init__(self, load_page: LoadPage) -> None:
+        self.until = 0.0
+        self._load_page = load_page
+        self._loads = 0  # until the last failure
+        self._failures = 0  # in a row
+
+    def begin(self, age: int, now: float) -> float:
+        """One has ended, and is missing. Seconds to wait; 0 if it has had the app, or if others
+        have failed with it, for which a pause has begun."""
+        if now < self.until or self._load_page.loaded([age]):
+            return 0.0
+        if self._loads != self._load_page.loads:
+            self._loads, self._failures = self._load_page.loads, 0
+        pause = min(LONGEST_PAUSE, 2.0 ** min(self._failures, 6))  # a float has an end, too
+        self._failures += 1
+        self.until = now + pause
+        return pause
+
+
 class Loading:
     """One process's attempt."""
 
-    def __init__(
-        self, process: Process, load_page: LoadPage, master_page: MasterPage, page: ReplicaPage
-    ) -> None:
+    def __init__(self, process: Process, load_page: LoadPage, master_page: MasterPage) -> None:
         self._process = process
         self._load_page = load_page
         self._master_page = master_page
-        self._replica_page = page
 
     def run(self, load: Callable[[], None], staggered: bool) -> None:
         """Load the app, in turn. Raises SystemExit if it cannot be loaded."""
@@ -107,34 +128,17 @@ class Loading:
             if not self._process.alive:  # a signal has told us to leave
                 _end(0)
             self._process.log.exception("The app cannot be loaded")
-            self._load_page.note_failure()
             return False
         self._load_page.note_loaded(self._process.age, self._wishes().live)
         return True
 
     def _fail(self) -> None:
-        if not self._replica_page.read().was_ready and not self._others():
-            _end(BOOT_ERROR)
-        doublings = min(self._load_page.failures - 1, 6)  # a float has an end, too
-        pause = min(LONGEST_PAUSE, 2.0**doublings)
-        self._process.log.error(
-            "The replica serves on with the processes it has. A HUP, or the next process that is "
-            "missing, tries again; not sooner than in %g s, if one is missing now",
-            pause,
-        )
-        end = time.monotonic() + pause
-        while time.monotonic() < end and self._is_in_place_of_another():
-            self._end_without_master()
-            time.sleep(GLANCE)
-        _end(1)
-
-    def _others(self) -> set[int]:
-        return self._load_page.loaded(self._wishes().live) - {self._process.age}
-
-    def _is_in_place_of_another(self) -> bool:
-        """Whether gunicorn would fork another process if we ended now."""
-        wishes = self._wishes()
-        return len(set(wishes.live) - {self._process.age}) < wishes.rules.processes
+        if self._load_page.was_loaded:
+            self._process.log.error(
+                "The replica serves on with the processes it has. A HUP, or the next process that "
+                "is missing, tries again"
+            )
+        fail(self._load_page)
 
     def _end_without_master(self) -> None:
         if os.getppid() != self._process.ppid:
@@ -149,13 +153,25 @@ class Loading:
             time.sleep(_MOMENT)
 
 
+def fail(load_page: LoadPage) -> NoReturn:
+    """End this process, and gunicorn with it if none has ever had the app."""
+    _end(1 if load_page.was_loaded else BOOT_ERROR)
+
+
 def _end(code: int) -> NoReturn:
     """No heartbeat is due while a process loads, so that gunicorn's `timeout` would not end it."""
-    with suppress(RuntimeError):  # threads are short
-        start_new_thread(_end_for_sure, (code,))
+    end_within(END_TIME, code)
     sys.exit(code)
 
 
-def _end_for_sure(code: int) -> None:
-    sleep(END_TIME)
+def end_within(seconds: float, code: int, complain: Callable[[], None] = lambda: None) -> None:
+    """The process is about to end: see that it does, whatever threads and atexit of the app do."""
+    with suppress(RuntimeError):  # threads are short
+        start_new_thread(_end_for_sure, (seconds, code, complain))
+
+
+def _end_for_sure(seconds: float, code: int, complain: Callable[[], None]) -> None:
+    sleep(seconds)
+    with suppress(Exception):
+        complain()
     os._exit(code)

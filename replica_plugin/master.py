@@ -7,9 +7,10 @@ that was not there reads the page when it comes.
 gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods hook.py
 wraps on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
-again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost),
-`manage_workers` (a supervisor that died is replaced), `reap_workers` (a stop comes to its end,
-whatever processes end with), `kill_workers` (a stop is hurried with QUIT), `reexec` (another
+again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost; one
+that cannot be forked does not end the others), `manage_workers` (a supervisor that died is
+replaced, and a process that did not load the app not at once), `reap_workers` (a stop comes to its
+end, whatever processes end with), `kill_workers` (a stop is hurried with QUIT), `reexec` (another
 master shares our sockets) and `handle_usr1` (logs are reopened).
 """
 
@@ -37,6 +38,7 @@ from .config.settings import Settings
 from .decisions import Rules
 from .head import Limits
 from .heritage import is_dead
+from .loading import HALT, Pauses, fail
 from .pages import LoadPage, MasterPage, ReplicaPage
 from .rules import Privileges, Serving, Stop, Wishes
 from .settled import refuses_at_once
@@ -93,6 +95,7 @@ class Master:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
         self.load_page = LoadPage()
+        self._pauses = Pauses(self.load_page)
         self.control, self.control_out = control_pair()  # processes write to the second
         self._arbiter = arbiter
         self._stop: Stop | None = None
@@ -107,18 +110,36 @@ class Master:
         self._started_at = 0.0
         self._beside = False  # as the page says
         self.adopt(settings)
-        if settings.ready_file and not arbiter.master_pid:  # else that master's replica is ready
-            with suppress(OSError, ValueError):  # the dispatcher will say so
-                ready_file.remove(settings.ready_file)
         self._start_supervisor()
 
     def adopt(self, settings: Settings) -> None:
         """Take over settings, at the start and with each reload."""
         self.settings = settings
+        self._first = self._arbiter.worker_age + 1
         self._graceful_timeout: int = self._arbiter.cfg.graceful_timeout
         # Now, for the working directory may be deleted while we serve.
         self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
         self.tell()
+
+    def not_forked(self, error: Exception) -> None:
+        """Nor was it. The arbiter tries again within a second, if a process is missing."""
+        self._arbiter.log.error("No process can be started: %r", error)
+        self.tell()
+
+    def after_end(self, age: int, pid: int) -> None:
+        """A process has ended, and the arbiter will see whether it is missing."""
+        if self._is_one_missing() and not self.stopping:
+            pause = self._pauses.begin(age, time.monotonic())
+            if pause:
+                self._arbiter.log.error(
+                    "Process %d ended before it had loaded the app: the next one starts in %g s",
+                    pid,
+                    pause,
+                )
+        self.tell()
+
+    def _is_one_missing(self) -> bool:
+        return len(self._arbiter.WORKERS) < self._arbiter.num_workers
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
@@ -131,7 +152,8 @@ class Master:
                 self._start_supervisor()
             except OSError as error:
                 log.error("No supervisor can be started: %s", error)
-        manage_workers()
+        if time.monotonic() >= self._pauses.until or not self._is_one_missing():
+            manage_workers()
 
     def restore_timeout(self) -> None:
         """graceful_timeout is again what the user wants; see hook.py."""
@@ -168,7 +190,7 @@ class Master:
             ),
             serving=_serving(self.settings, cfg),
             live=(*(worker.age for worker in list(self._arbiter.WORKERS.values())), *forking),
-            newest=self._arbiter.worker_age,
+            first=self._first,
             most_threads=self._most_threads,
             graceful_timeout=self._graceful_timeout,
             privileges=Privileges(cfg.uid, cfg.gid, cfg.initgroups),
@@ -279,6 +301,11 @@ class Master:
             os.close(fd)
         self.page.only_read()
         self.replica_page.only_read()
+
+    def see_to_end(self, code: Any) -> None:
+        """In a worker that ends. In `post_fork`, say, it has failed before we could see to it."""
+        if code in HALT:
+            fail(self.load_page)
 
     def _start_supervisor(self) -> None:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""

@@ -3,7 +3,7 @@
     page          writer      readers
     MasterPage    master      supervisor, dispatcher: the settings, and what the master wants
     ReplicaPage   dispatcher  supervisor, its own successor, anyone who asks for numbers
-    LoadPage      processes   themselves: how loading the app went; a word each time
+    LoadPage      processes   themselves, master: who has loaded the app; a word each time
     Cells         process     dispatcher: what its slots do (cells.py)
 
 Each page has one writer at a time and outlives it, which is the point: what a dead process
@@ -237,9 +237,9 @@ class ReplicaPage(_Page):
 
 
 class LoadPage:
-    """How loading the app went. Written by the processes that load it, a word at a time.
+    """Who has loaded the app. Written by the processes that load it, a word at a time.
 
-    The words: how many in a row could not; and the ages of those that have it, in no order. A
+    The words: how often it has been loaded; and the ages of those that have it, in no order. A
     process that dies leaves each word old or new. Locks end with the process that holds them.
     """
 
@@ -255,8 +255,13 @@ class LoadPage:
         os.close(self.fd)
 
     @property
-    def failures(self) -> int:
-        """How many in a row could not."""
+    def was_loaded(self) -> bool:
+        """Whether a process has ever had it; one that is through with this page has."""
+        return self._memory.closed or self.loads > 0
+
+    @property
+    def loads(self) -> int:
+        """How often it has been loaded."""
         return self._words[0]
 
     def take_turn(self, lane: int) -> bool:
@@ -283,10 +288,6 @@ class LoadPage:
         with self._noting():
             free = (n for n, each in enumerate(self._words[1:], 1) if each not in others)
             self._words[next(free)] = age
-            self._words[0] = 0
-
-    def note_failure(self) -> None:
-        with self._noting():
             self._words[0] += 1
 
     @contextmanager

@@ -61,6 +61,13 @@ def remove(path: str, master: int | None = None) -> None:
             os.unlink(path)
 
 
+def forget(path: str | None) -> None:
+    """At the start: remove what an earlier replica left; if that fails the dispatcher says so."""
+    if path:
+        with suppress(OSError, ValueError):
+            remove(path)
+
+
 def _write(path: str, master: int) -> None:
     """It is there with its text or not at all: `remove` would leave an empty one."""
     beside = f"{path}.{master}"

@@ -26,7 +26,7 @@ class Roster:
         self.stopping = False
         self.drained = False
         self.live: frozenset[int] = frozenset()
-        self._newest = 0  # of those that the master has forked
+        self._first = 0  # the age of the first process since the last reload
         self._loaded = 0  # the newest that has ever registered
 
     @property
@@ -36,8 +36,8 @@ class Roster:
 
     @property
     def cannot_load(self) -> bool:
-        """Whether the newest process has ended before it had the app loaded, however it ended."""
-        return self._newest > self._loaded and self._newest not in self.live
+        """Whether none has loaded the app as it is since the last reload: nobody may be able to."""
+        return self._loaded < self._first
 
     @property
     def is_ready(self) -> bool:
@@ -49,11 +49,11 @@ class Roster:
         """Whether healthz says 200: a process is usable, or one is on its way."""
         return bool(self.usable) or self.booting
 
-    def told(self, wanted: int, live: Iterable[int], newest: int) -> None:
-        """The master's word: p, the ages of the processes it has forked, and of the last."""
+    def told(self, wanted: int, live: Iterable[int], first: int) -> None:
+        """The master's word: p, the ages of its processes, and of the first since a reload."""
         self.wanted = wanted
         self.live = frozenset(live)
-        self._newest = newest
+        self._first = first
 
     def changed(self) -> list[Action]:
         """Processes or rules have changed: who leaves now, and who is usable."""
@@ -79,7 +79,7 @@ class Roster:
 
         Either p newer ones are ready; or no successor is loading, since gunicorn will fork
         one only when this process has gone, and then one process leaves at a time. But not
-        while that one would not be able to load the app, or not have the time for it.
+        while that one may not be able to load the app, or not have the time for it.
         """
         if self.stopping:
             return self.drained

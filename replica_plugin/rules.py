@@ -48,19 +48,19 @@ class Privileges:
 class Wishes:
     """Everything the master's page says.
 
-    `live` are the ages of the processes that the master has forked, `newest` is the one of the
-    last, which may be dead; none of them can have more slots than `most_threads`, before a reload
-    or behind it. `supervisor` is the pid of
-    the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
-    gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
-    will; `beside` that one of them is another master, after USR2, which may serve;
-    `draining` that a stop is about to begin, and nothing new should be sent to us.
+    `live` are the ages of the processes that the master has forked, `first` is the one of the first
+    since the last reload, which may have yet to come, or be dead; none of them can have more slots
+    than `most_threads`, before a reload or behind it. `supervisor` is the pid of the one it has
+    started last. `reopen` counts the requests to reopen the logs. `logging` are gunicorn's own
+    settings of that name. `shared` says that others hold our listening sockets, or will; `beside`
+    that one of them is another master, after USR2, which may serve; `draining` that a stop is about
+    to begin, and nothing new should be sent to us.
     """
 
     rules: Rules
     serving: Serving
     live: tuple[int, ...]
-    newest: int
+    first: int
     most_threads: int
     graceful_timeout: float
     privileges: Privileges

@@ -26,15 +26,16 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from gunicorn.workers.base import Worker
 
-from . import hook, overtime
+from . import hook, loading, overtime
 from .cells import Cells
 from .channel import LEAVING, Adopt, Kind, ProcessEnd, Register, Report, send_adopt
 from .client_socket import ClientSocket
-from .loading import Loading
+from .loading import Loading, end_within
 from .overdue import Interrupter, Run, Watch
 from .registration import Registration
 from .settled import Settled, settle
@@ -138,9 +139,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         far = time.monotonic() + LOAD_TIME
         os.utime(self.tmp.fileno(), (far, far))
         master = self._master
-        loading = Loading(self, master.load_page, master.page, master.replica_page)
+        attempt = Loading(self, master.load_page, master.page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
-        loading.run(self._load_and_warm_up, staggered)
+        attempt.run(self._load_and_warm_up, staggered)
         master.load_page.close()
         self.notify()
 
@@ -183,11 +184,21 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             after_in_parent=self._let_signals_come,
             after_in_child=self._part_from_parent,
         )
-        self._serve()
+        try:
+            self._serve()
+        finally:
+            self._end_in_time()
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
             signal.signal(number, signal.SIG_IGN)
+
+    def _end_in_time(self) -> None:
+        """Else a thread of the app, or its atexit, would keep our place from a successor."""
+        now = time.monotonic()
+        rest = (self._dismissed_at or now) + self.cfg.graceful_timeout - now
+        why = "A thread of the app, or an atexit handler, has not ended in time: leaving"
+        end_within(max(loading.END_TIME, rest), 1, partial(self.log.error, why))
 
     def _hold_signals(self) -> None:
         """The app forks: what the child is sent at once waits until it has parted from us."""

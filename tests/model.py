@@ -72,7 +72,7 @@ class Model:
     def __init__(self, rules: Rules, was_ready: bool = False) -> None:
         self.rules = rules
         self.live: frozenset[int] = frozenset()
-        self.newest = 0
+        self.first = 0  # since the last reload
         self.loaded = 0  # the newest that has ever registered
         self.waiting: list[int] = []
         self.exempt: list[int] = []  # those that wait
@@ -222,11 +222,11 @@ class Model:
         self._wait_again(dead.sent & unread)
         self._judge([each for each in actions if not isinstance(each, Lost)])
 
-    def ruled(self, rules, live, now, newest, actions):
+    def ruled(self, rules, live, now, first, actions):
         self.now = now
         self.rules = rules
         self.live = frozenset(live)
-        self.newest = newest
+        self.first = first
         self._judge(actions)
 
     def stop(self, actions):
@@ -442,7 +442,7 @@ class Model:
         return self.live - registered
 
     def cannot_load(self):
-        return self.loaded < self.newest and self.newest not in self.live
+        return self.loaded < self.first
 
     def _expiry(self, request):
         timeout = math.inf if self.rules.queue_timeout is None else self.rules.queue_timeout

@@ -397,19 +397,32 @@ def test_retry_after_is_a_minute_when_nothing_has_started_or_not_for_long():
 
 def test_nobody_is_dismissed_for_a_successor_that_could_not_load_the_app():
     decisions = replica(2, 1)
-    decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)
+    decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0, first=3)
     assert decisions.leaving(1) == decisions.leaving(2) == []
-    assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, newest=4) == []
-    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, newest=4) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2, 4], 0.0, first=3) == []
+    assert decisions.ruled(Rules(2, 1), [1, 2], 0.0, first=3) == []
     assert len(decisions.roster.usable) == 2
 
 
 def test_those_who_stayed_leave_when_successors_can_load_again():
     decisions = replica(2, 1)
-    decisions.ruled(Rules(2, 1), [1, 2, 5, 6], 0.0, newest=6)
+    decisions.ruled(Rules(2, 1), [1, 2, 5, 6], 0.0, first=3)
     assert decisions.leaving(1) == decisions.leaving(2) == []
     assert join(decisions, 5, 1) == [Dismiss(1)]
     assert join(decisions, 6, 1) == [Dismiss(2)]
+
+
+@pytest.mark.parametrize("killed_first", [True, False])
+def test_one_that_is_killed_as_it_loads_keeps_nobody_where_another_has_loaded(killed_first):
+    decisions = replica(2, 1)
+    decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0, first=3)
+    assert decisions.leaving(1) == decisions.leaving(2) == []
+    if killed_first:
+        assert decisions.ruled(Rules(2, 1), [1, 2, 3], 0.0, first=3) == []
+        assert join(decisions, 3, 1) == [Dismiss(1), Dismiss(2)]
+    else:
+        assert join(decisions, 3, 1) == [Dismiss(1)]
+        assert decisions.ruled(Rules(2, 1), [1, 2, 3], 0.0, first=3) == [Dismiss(2)]
 
 
 def test_one_that_has_loaded_and_died_keeps_nobody_from_leaving():
@@ -417,7 +430,7 @@ def test_one_that_has_loaded_and_died_keeps_nobody_from_leaving():
     decisions.died(2, [], 0.0)
     join(decisions, 4, 1)
     decisions.died(4, [], 0.0)
-    decisions.ruled(Rules(2, 1), [1, 3], 0.0, newest=4)
+    decisions.ruled(Rules(2, 1), [1, 3], 0.0, first=4)
     assert decisions.leaving(1) == [Dismiss(1)]
 
 

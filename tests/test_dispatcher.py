@@ -40,7 +40,7 @@ class Replica:
         self.page = ReplicaPage()
         nudge, master = os.eventfd(0, os.EFD_NONBLOCK), os.pidfd_open(os.getppid())
         wishes = Wishes(
-            rules=Rules(bound=2), serving=Serving(), live=(1,), newest=1, most_threads=1,
+            rules=Rules(bound=2), serving=Serving(), live=(1,), first=1, most_threads=1,
             graceful_timeout=30.0, privileges=Privileges(os.getuid(), os.getgid(), False),
             logging=LOGGING,
         )  # fmt: skip

@@ -6,19 +6,16 @@ to the master.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import signal
-from types import SimpleNamespace
 
 import pytest
 from server import IN_BOTH_MODES, Load, wait_for
-from test_fuzz_processes import WISHES
 from test_hook_start import APP, IMPORT
 
-from replica_plugin.loading import LONGEST_PAUSE, Loading
-from replica_plugin.pages import LoadPage, MasterPage, Numbers, ReplicaPage
+from replica_plugin.loading import LONGEST_PAUSE, Pauses
+from replica_plugin.pages import LoadPage
 
 TWO = {"processes_per_replica": 2, "threads_per_process": 2}
 BROKEN = "raise RuntimeError('a broken deploy')\n"
@@ -117,6 +114,30 @@ def test_hup_to_an_app_whose_load_is_killed_leaves_the_old_processes_where_they_
     assert load.failures == []
 
 
+ONCE_KILLED = """\
+import os
+if os.path.exists("second") and not os.path.exists("third"):
+    open("third", "w").close()
+    os.kill(os.getpid(), 9)
+open("second", "w").close()
+""" + APP.replace("here", "there")
+
+
+@IN_BOTH_MODES
+def test_a_hup_of_whose_processes_one_is_killed_as_it_loads_comes_to_its_end(start):
+    server = start_app(start, config=TWO)
+    old = server.workers
+    with Load(server, "/") as load:
+        deploy(server, ONCE_KILLED)
+        server.tell(signal.SIGHUP)
+        wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+        server.wait_numbers(processes=2, slots=4)
+        load.go_on(50)
+    assert server.log.count("was sent SIGKILL!") == 1
+    assert load.failures == []
+    assert server.get("/").body == b"there"
+
+
 def test_a_dead_process_is_replaced_after_a_failed_hup_and_then_the_others_are_too(start):
     server = start_app(start, config=TWO)
     old = server.workers
@@ -139,12 +160,14 @@ def test_while_the_app_cannot_load_no_process_is_retired_for_max_requests(start)
     assert load.failures == []
 
 
-def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start):
+@pytest.mark.parametrize("text", [BROKEN, KILLED])
+def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start, text):
     server = start_app(start, config=TWO)
-    deploy(server, BROKEN)
+    deploy(server, text)
     server.tell(signal.SIGKILL, server.workers[0])
-    server.wait_log("not sooner than in 4 s, if one is missing now")
-    assert re.findall(r"not sooner than in (\d+) s", server.log) == ["1", "2", "4"]
+    server.wait_log("had loaded the app: the next one starts in 4 s")
+    assert re.findall(r"the next one starts in (\d+) s", server.log) == ["1", "2", "4"]
+    assert server.log.count("Booting worker") == 5
     assert server.get("/").status == 200
     deploy(server, APP)
     server.wait_numbers(processes=2, slots=4)
@@ -198,6 +221,39 @@ def test_a_process_whose_post_worker_init_raises_is_one_that_cannot_load_the_app
     assert server.log.count("warms up") == 6
 
 
+POST_FORK = (
+    IMPORT
+    + """
+import os
+
+def post_fork(server, worker):
+    if os.path.exists("broken"):
+        raise ConnectionError("no metrics")
+"""
+)
+
+
+@IN_BOTH_MODES
+def test_a_process_whose_post_fork_raises_is_one_that_cannot_load_the_app(start):
+    server = start(base=(), files={"gunicorn.conf.py": POST_FORK}, config=TWO)
+    old = server.workers
+    (server.folder / "broken").touch()
+    server.tell(signal.SIGHUP)
+    server.wait_log("ConnectionError: no metrics", 2)
+    wait_for(lambda: server.workers == old, "the end of those that failed")
+    server.tell(signal.SIGKILL, old[0])
+    server.wait_log("the next one starts in 2 s")
+    assert server.get("/hello").status == 200
+    (server.folder / "broken").unlink()
+    wait_for(lambda: not set(old) & set(server.workers), "the old processes' end")
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_a_post_fork_that_raises_at_the_start_ends_gunicorn(start):
+    files = {"gunicorn.conf.py": POST_FORK, "broken": ""}
+    assert start.to_its_end(base=(), files=files).code == 3
+
+
 WAITS = (
     IMPORT
     + """
@@ -245,23 +301,25 @@ def test_a_post_worker_init_that_raises_at_the_start_ends_gunicorn(start, mode):
     assert start.to_its_end(base=(), files=files).code == 3
 
 
-def test_a_failure_after_a_thousand_others_in_a_row_is_one_of_a_process_like_the_first(
-    caplog, monkeypatch
-):
-    """With one a minute that takes 17 hours; an error of ours would be a failure to boot."""
-    page, master, replica = LoadPage(), MasterPage(), ReplicaPage()
-    replica.write(Numbers(was_ready=1))
-    master.write(WISHES.encode())  # none is missing
-    for _ in range(1024):
-        page.note_failure()
-    monkeypatch.setattr("replica_plugin.loading.start_new_thread", lambda *_: None)
-    process = SimpleNamespace(age=1024, ppid=os.getppid(), alive=True, log=logging.getLogger())
-    with pytest.raises(SystemExit) as end:
-        Loading(process, page, master, replica).run(lambda: 1 / 0, staggered=False)
-    for each in (page, master, replica):
-        os.close(each.fd)
-    assert end.value.code == 1
-    assert f"not sooner than in {LONGEST_PAUSE:g} s" in caplog.text
+def test_a_failure_after_a_thousand_others_in_a_row_is_one_like_the_first():
+    """With one a minute that takes 17 hours; an error of ours would end gunicorn."""
+    page = LoadPage()
+    pauses, now = Pauses(page), 0.0
+    for age in range(1024):
+        now += pauses.begin(age + 1, now)
+    assert pauses.begin(1025, now) == LONGEST_PAUSE
+    os.close(page.fd)
+
+
+def test_those_that_fail_together_are_one_failure_and_one_that_has_loaded_ends_the_row():
+    page = LoadPage()
+    pauses = Pauses(page)
+    assert [pauses.begin(age, 10.0) for age in (1, 2, 3)] == [1.0, 0.0, 0.0]
+    assert pauses.begin(4, 11.0) == 2.0
+    page.note_loaded(5, [5])
+    assert pauses.begin(5, 20.0) == 0.0
+    assert pauses.begin(6, 20.0) == 1.0
+    os.close(page.fd)
 
 
 def test_an_app_that_has_been_served_can_fail_in_all_processes_and_come_back(start):
@@ -461,3 +519,48 @@ def test_a_process_told_to_end_while_gunicorn_sets_its_handlers_does_not_load_fi
     assert server.get("/").body == b"here"
     assert (server.folder / "told").exists()
     assert (server.folder / "loads").read_text() == "x"
+
+
+# Processes that cannot be started.
+
+NO_FORK = (
+    IMPORT
+    + """
+import os
+
+fork = os.fork
+
+def fork_if_possible():
+    if os.path.exists("full"):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+    return fork()
+
+os.fork = fork_if_possible
+"""
+)
+
+
+def test_while_no_process_can_be_forked_those_that_are_there_serve_on(start, stage):
+    server = start(base=(), files={"gunicorn.conf.py": NO_FORK}, config=TWO)
+    running = server.later("/hold/x")
+    actor = stage.next()
+    idle = next(pid for pid in server.workers if pid != actor.pid)
+    (server.folder / "full").touch()
+    server.tell(signal.SIGKILL, idle)
+    server.wait_log("No process can be started: BlockingIOError.11, 'Resource temporarily una", 2)
+    actor.finish()
+    assert running.result().status == server.get("/hello").status == 200
+    server.tell(signal.SIGKILL, actor.pid)
+    wait_for(lambda: server.get("/-/healthz").status == 503, "none that boots, nor seems to")
+    (server.folder / "full").unlink()
+    server.wait_numbers(processes=2, slots=4)
+    server.tell(signal.SIGTERM, server.workers[0])
+    server.wait_log("Booting worker", 5)
+    server.wait_numbers(processes=2, slots=4)
+
+
+def test_a_process_that_cannot_be_forked_at_the_start_ends_gunicorn(start):
+    files = {"gunicorn.conf.py": NO_FORK, "full": ""}
+    ended = start.to_its_end(base=(), files=files)
+    assert ended.code == 255
+    assert "Resource temporarily unavailable" in ended.output

@@ -12,7 +12,7 @@ import signal
 
 import pytest
 from server import IN_BOTH_MODES, wait_for
-from test_hook_start import COMMAND
+from test_hook_start import APP, COMMAND
 
 from replica_plugin import ready_file
 from replica_plugin.ready_file import ReadyFile
@@ -91,6 +91,13 @@ def test_a_file_left_behind_by_a_replica_that_was_killed_is_removed_at_the_next_
     actor.finish()
     stage.next().finish()
     wait_for(left.exists, "the file")
+
+
+def test_a_file_left_behind_is_removed_before_the_app_is_loaded_in_the_master(start):
+    app = "import os\nassert not os.path.exists('ready')\n" + APP
+    config = {**CONFIG, "preload": True}
+    server = start(config=config, files={"app.py": app, "ready": "4711\n"}, app="app:app")
+    wait_for(lambda: _text(server.folder / "ready") == f"{server.process.pid}\n", "the file")
 
 
 def test_a_file_that_is_not_ours_is_not_removed(start):

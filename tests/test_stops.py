@@ -450,6 +450,34 @@ last = Last()
 """
 
 
+LINGERS = {
+    "thread": "import threading\nthreading.Thread(target=time.sleep, args=(1000,)).start()\n",
+    "atexit": "import atexit\natexit.register(time.sleep, 1000)\n",
+}
+IN_A_HURRY = """\
+from replica_plugin import loading
+loading.END_TIME = 0.5
+from replica_plugin.conf import *
+"""
+
+
+@pytest.mark.parametrize("what", LINGERS)
+def test_a_process_does_not_wait_for_ever_for_what_the_app_does_at_its_end(start, what):
+    """With one process nothing would be served meanwhile."""
+    app = f"import time\nfrom served_app import application\n{LINGERS[what]}"
+    files = {"lingers.py": app, "hurry.py": IN_A_HURRY}
+    options = ("--graceful-timeout", "1", "--timeout", "0")
+    config = {"processes_per_replica": 1, "threads_per_process": 2}
+    server = start(
+        *options, base=("-c", "hurry.py"), config=config, files=files, app="lingers:application"
+    )
+    (old,) = server.workers
+    server.tell(signal.SIGTERM, old)
+    server.wait_log("A thread of the app, or an atexit handler, has not ended in time: leaving")
+    wait_for(lambda: server.workers not in ([], [old]), "another process")
+    assert server.get("/hello").status == 200
+
+
 def test_a_process_that_is_ending_takes_no_harm_from_usr1(start):
     """The interpreter has given up its handlers by then, and logs may be reopened at any time."""
     config = {"processes_per_replica": 1, "threads_per_process": 2}

@@ -78,6 +78,7 @@ class World:
         self.has_exempt = has_exempt
         self.table: dict[int, Worker] = {}  # those the dispatcher knows, and its successor will
         self._ages = 0
+        self._first = 1  # since the last reload
         self._numbers = 0
         self._reloading = 0  # the newest age of before, while a reload waits for those to go
         self.reads_at_once = True
@@ -93,7 +94,7 @@ class World:
     def write(self, *forking: int) -> None:
         """Write the page, and nudge; the dispatcher may look at once, or later."""
         live = frozenset({*self.workers, *forking})
-        self.page = (self.rules, live, self._ages, self.stopped)
+        self.page = (self.rules, live, self._first, self.stopped)
         if self.reads_at_once and hasattr(self, "decisions"):
             self.read()
 
@@ -117,6 +118,7 @@ class World:
     def reload(self, rules: Rules, has_exempt: bool = False) -> None:
         self.has_exempt = has_exempt
         newest, self._reloading = self._ages, 0
+        self._first = newest + 1
         self.rules = rules
         self.write()
         for _ in range(rules.processes):
@@ -381,11 +383,11 @@ class World:
 
     def read(self) -> None:
         """Look at the master's page."""
-        rules, live, newest, stopped = self.page
+        rules, live, first, stopped = self.page
         paused = not rules.processes
         if paused:
             rules = self.decisions.rules
-        self.tell("ruled", rules, live, self.now, newest)
+        self.tell("ruled", rules, live, self.now, first)
         if self.decisions.roster.stopping and not (stopped or paused):
             self.tell("resume", self.now)
         if (stopped or paused) and not self.decisions.roster.stopping:

@@ -88,7 +88,7 @@ def dispatcher(keep: bool = True) -> Callable[[int], None]:
     control, process = channel.control_pair()
     page, nudge = pages.MasterPage(), os.eventfd(0)
     wishes = Wishes(
-        rules=Rules(), serving=Serving(), live=(1,), newest=1, most_threads=1,
+        rules=Rules(), serving=Serving(), live=(1,), first=1, most_threads=1,
         graceful_timeout=30.0, logging=QUIET,
         privileges=Privileges(os.getuid(), os.getgid(), False),
     )  # fmt: skip
