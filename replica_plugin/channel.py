@@ -12,7 +12,7 @@ A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd and an end of
                             its deck), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, REST, DONE, LEAVING, OVERDUE, UNFINISHED; in gevent mode
+    process -> dispatcher   FREE, REST, DONE, LEAVING, OWED, OVERDUE, UNFINISHED; in gevent mode
                             TURNING, STALLED, RETURNED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
@@ -37,7 +37,7 @@ from typing import Any, NamedTuple
 from .rest import Rest
 from .unpatched import socketpair
 
-VERSION = 3
+VERSION = 4
 PAUSE = 0.01  # seconds until the next attempt while the kernel has no memory for a message
 LARGEST = 1 << 16
 """Bytes of the largest message. Half of it is for `ahead` and `carry`, so that each job fits: a
@@ -85,6 +85,7 @@ class Kind:
     OVERDUE = 6  # a request has reached request_timeout, and was answered so
     UNFINISHED = 7  # it has, and its response had begun
     REST = 8  # a connection, and what its client has not taken yet; DONE is still to come
+    OWED = 9  # how many slots may be busy yet with requests of a dispatcher before
 
 
 class Job(NamedTuple):
@@ -115,7 +116,7 @@ class Report(NamedTuple):
 
     DONE has all of it but the `rest`, which REST has, and not `took`; behind a REST only the slot
     comes back with DONE. RETURNED has the `request`, STALLED that and, as `carry`, a Stall, OVERDUE
-    and UNFINISHED a stack.
+    and UNFINISHED a stack. OWED has in place of the `request` how many.
 
     `rest` is what the client has not taken yet; its descriptor travels beside the message. `took`
     is the request that the slot has taken off the deck, and begins; 0 if it waits to be sent one.
@@ -150,7 +151,7 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
         if end & _RESTS:
             end = end ^ _RESTS if fds else End.ABORT
         split = _REPORT.size + ahead
-        if kind > Kind.REST or end > End.UNTAKEN or split > len(data):
+        if kind > Kind.OWED or end > End.UNTAKEN or split > len(data):
             raise ValueError("unknown, or cut short")
         if took and kind != Kind.DONE:
             raise ValueError("a slot takes a request when it ends one")
@@ -171,14 +172,16 @@ WELCOME = b"W"
 
 @dataclass(frozen=True)
 class Register:
-    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy.
+    """A process's offer.
 
-    `extra` slots, one at most, stand beside the `slots`, for an exempt request.
+    `owed` slots may be busy with requests of a dispatcher before; each has ended what it was busy
+    with when it says FREE, or ends (OWED). `extra` slots, one at most, stand beside the `slots`,
+    for an exempt request.
     """
 
     age: int
     slots: int
-    again: bool
+    owed: int
     leaving: bool
     extra: int = 0
     version: int = VERSION
@@ -397,11 +400,12 @@ def _decode_control(data: bytes, fds: int) -> Register | Adopt | None:
 
 
 def _decode_register(fields: dict[str, Any]) -> Register:
-    age, slots, extra = (int(fields[name]) for name in ("age", "slots", "extra"))
+    age, slots, owed, extra = (int(fields[name]) for name in ("age", "slots", "owed", "extra"))
     if slots < 1 or extra not in (0, 1) or not 0 <= age < 1 << 31:
         raise ValueError("a process without slots, or with too many, or of no age")
-    again, leaving = bool(fields["again"]), bool(fields["leaving"])
-    return Register(age, slots, again, leaving, extra, fields["version"])
+    if not 0 <= owed <= slots + extra:
+        raise ValueError("more busy slots than it has")
+    return Register(age, slots, owed, bool(fields["leaving"]), extra, fields["version"])
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:

@@ -243,10 +243,9 @@ class Dispatcher:
 
     # What the processes' side tells (processes.Office).
 
-    def on_registered(self, link: Link, again: bool, leaving: bool) -> None:
+    def on_registered(self, link: Link, owed: int, leaving: bool) -> None:
         now = time.monotonic()
         self._heritage.back(link.age)
-        owed = link.slots + link.extra if again else 0
         self.perform(self._decisions.registered(link.age, link.slots, owed, link.extra), now)
         if leaving:
             self.perform(self._decisions.leaving(link.age), now)
@@ -269,6 +268,9 @@ class Dispatcher:
             self._on_explained(link, report)
         elif report.kind == Kind.TURNING:
             self._processes.watch(now)
+        elif report.kind == Kind.OWED:
+            self.perform(self._decisions.owes(link.age, report.request, now), now)
+            self._write_table()
         else:
             self._on_overdue(link, report, now)
 
@@ -282,6 +284,8 @@ class Dispatcher:
             self.perform(actions, now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
+        if link.dismissed:
+            self._write_table()
 
     def _on_rest(self, link: Link, report: Report, now: float) -> None:
         """A response is complete, and what its slot still does is not its client's concern."""
@@ -487,6 +491,7 @@ class Dispatcher:
                 self._processes.links[age].pid,
             )
         self._processes.dismiss(age)
+        self._write_table()
 
     def _kill(self, age: int) -> None:
         """The process cannot be asked, or has not found an end."""
@@ -555,5 +560,13 @@ class Dispatcher:
             self._stopping.begin(stop, self._wishes, now)
 
     def _write_table(self) -> None:
-        rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]
+        links = self._processes.links.values()
+        rows = [(link.age, self._most_busy(link), link.pid) for link in links]
         self._frame.replica_page.write_table(rows + self._heritage.rows())
+
+    def _most_busy(self, link: Link) -> int:
+        """How many of its slots may be busy when we have died. One that is dismissed begins nothing
+        more; and if all it has left to do is to end, it never registers again."""
+        if not link.dismissed:
+            return link.slots
+        return min(link.slots, self._decisions.processes[link.age].running)

@@ -81,7 +81,7 @@ class Link:
 class Office(Protocol):
     """What the processes' side tells the dispatcher."""
 
-    def on_registered(self, link: Link, again: bool, leaving: bool) -> None: ...
+    def on_registered(self, link: Link, owed: int, leaving: bool) -> None: ...
     def on_report(self, link: Link, report: Report, now: float) -> None: ...
     def on_sendable(self, link: Link, now: float) -> None: ...
     def on_undeliverable(self, error: OSError) -> None: ...
@@ -199,7 +199,7 @@ class Processes:
         if offer.age in self.links:
             self._on_death(self.links[offer.age], now)
         self._know(link)
-        self._office.on_registered(link, offer.again, offer.leaving)
+        self._office.on_registered(link, offer.owed, offer.leaving)
 
     def _is_in_anothers_name(self, link: Link) -> bool:
         """Whether its age is another process's, or it has registered under another one."""

@@ -66,6 +66,7 @@ class Slot:
         self._watch = watch
         self._log = worker.log
         self._next: Taken | None = None  # what it has taken off the deck, and reported
+        self.free_on: ProcessEnd | None = None  # where it has said FREE last; not before it has
         self._may_answer = partial(cells.answering, index)  # as the dispatcher has it
         self._complete = partial(cells.complete, index)
 
@@ -79,6 +80,7 @@ class Slot:
         """Come to wait on the channel, once there is one; None if no more requests are taken."""
         while (channel := self._worker.await_channel()) is not None:
             if self._say(channel, FREE):
+                self.free_on = channel
                 return channel
         return None
 

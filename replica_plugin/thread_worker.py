@@ -56,8 +56,7 @@ class ThreadWorker(ReplicaWorker):
                 raise
             self._on_slot_failed()
         finally:
-            with self._change:
-                self._working -= 1
+            self._slots.remove(slot)
             self._wake_attendant()
 
     def await_channel(self) -> ProcessEnd | None:

@@ -48,7 +48,7 @@ class Replica:
         frame = Frame((self.listener,), control, *pages, nudge, master, os.getppid())
         self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
         self.process, theirs = channel.pair()
-        offer = channel.Register(age=1, slots=1, again=False, leaving=False)
+        offer = channel.Register(age=1, slots=1, owed=0, leaving=False)
         self.cells = cells = Cells(1)
         channel.send_register(
             self._writing, offer, theirs.fileno(), cells.fd, os.pidfd_open(os.getpid())
