@@ -12,8 +12,8 @@ A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd and an end of
                             its deck), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, REST, DONE, LEAVING, OWED, OVERDUE, UNFINISHED; in gevent mode
-                            TURNING, STALLED, RETURNED
+    process -> dispatcher   FREE, REST, DONE, RETURNED, LEAVING, OWED, OVERDUE, UNFINISHED; in
+                            gevent mode TURNING, STALLED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
 cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
@@ -70,7 +70,7 @@ class End:
     CLOSE = 1  # the client expects the end, and everything it sent was read
     LINGER = 2  # the client may still be sending: half-close, drain, close
     ABORT = 3  # nothing more can be said to this client
-    UNTAKEN = 4  # nothing was said: no descriptor was left for it, or a stop had forbidden that
+    UNTAKEN = 4  # nothing was said: no descriptor was left (RETURNED), or a stop forbade it (DONE)
 
 
 class Kind:
@@ -81,7 +81,7 @@ class Kind:
     LEAVING = 2
     TURNING = 3  # its hub turns again
     STALLED = 4  # its hub does not turn, and why: for the log
-    RETURNED = 5  # a job that no slot has taken, since the hub does not turn
+    RETURNED = 5  # a job that no slot has taken, since the hub does not turn; or UNTAKEN
     OVERDUE = 6  # a request has reached request_timeout, and was answered so
     UNFINISHED = 7  # it has, and its response had begun
     REST = 8  # a connection, and what its client has not taken yet; DONE is still to come
@@ -115,8 +115,8 @@ class Report(NamedTuple):
     """What a process says.
 
     DONE has all of it but the `rest`, which REST has, and not `took`; behind a REST only the slot
-    comes back with DONE. RETURNED has the `request`, STALLED that and, as `carry`, a Stall, OVERDUE
-    and UNFINISHED a stack. OWED has in place of the `request` how many.
+    comes back with DONE. RETURNED has the `request` and the `end`, STALLED the request and, as
+    `carry`, a Stall, OVERDUE and UNFINISHED a stack. OWED has in place of the `request` how many.
 
     `rest` is what the client has not taken yet; its descriptor travels beside the message. `took`
     is the request that the slot has taken off the deck, and begins; 0 if it waits to be sent one.

@@ -46,6 +46,7 @@ from .rules import Stop, Wishes, decode_wishes
 from .stopping import Stopping
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
+SHORT = 1.0  # seconds a process that is out of descriptors is sent nothing, if others are not
 MOMENT = 0.005  # seconds after an event at which the clock is looked at, at the latest
 
 
@@ -263,7 +264,7 @@ class Dispatcher:
         elif report.kind == Kind.LEAVING:
             self.perform(self._decisions.leaving(link.age), now)
         elif report.kind == Kind.RETURNED:
-            self._on_returned(link, report.request, now)
+            self._on_returned(link, report, now)
         elif report.kind == Kind.STALLED:
             self._on_explained(link, report)
         elif report.kind == Kind.TURNING:
@@ -323,13 +324,29 @@ class Dispatcher:
         for request in filter(self._decisions.waits, requests):
             self._clients.take_back(self.requests[request])
 
-    def _on_returned(self, link: Link, request: int, now: float) -> None:
+    def _on_returned(self, link: Link, report: Report, now: float) -> None:
+        """No slot has begun it. For one that is UNTAKEN its process has no descriptor: it goes to
+        another one, and for a moment nothing goes to this one, which would always be least busy.
+        """
+        request, untaken = report.request, report.end == End.UNTAKEN
         conn = self.requests.get(request)
+        if untaken:
+            self._journal.untaken(link.pid, now)
         if conn is not None and conn.hung_up:  # nobody waits for it
             self._on_done(link, Report(Kind.DONE, request, End.ABORT), now)
+        elif untaken and (conn is None or not self._another_may_have(link)):
+            self._on_done(link, report, now)
         elif conn is not None and self._decisions.runs(link.age, request):
-            self.perform(self._decisions.returned(link.age, request, now), now)
+            if untaken:
+                link.short_until = now + SHORT
+            undo = self._decisions.unsent if untaken else self._decisions.returned
+            self.perform(undo(link.age, request, now), now)
             self._take_back([request])
+
+    def _another_may_have(self, link: Link) -> bool:
+        """Whether what this process could not take, one might that has not just said the same."""
+        others = (p for p in self._decisions.roster.usable if p.age != link.age)
+        return self._stopping.stop is None and any(not (p.blocked or p.stalled) for p in others)
 
     def _on_explained(self, link: Link, report: Report) -> None:
         stall = decode_stall(report.carry)

@@ -106,6 +106,12 @@ class Journal:
             "Out of descriptors or memory: connections wait in the backlog (see ulimit -Hn)", now
         )
 
+    def untaken(self, pid: int, now: float) -> None:
+        """A process had no descriptor left for a client."""
+        self._warn(
+            f"Out of descriptors: process {pid} could not take a request (see ulimit -n)", now
+        )
+
     def undeliverable(self, error: OSError, now: float) -> None:
         """The kernel takes no message to a process for now, though it has room for it."""
         self._warn(

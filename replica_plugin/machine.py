@@ -57,7 +57,7 @@ def shortages(machine: Machine, bound: int, slots: int, backlog: int) -> list[st
         found.append(
             f"Open files: the soft limit ({machine.soft}) is too low for {slots} slots in a "
             f"process. Raise it to {slots + OWN} or more (ulimit -n), or lower "
-            "threads_per_process. Until then requests for which a process has no descriptor get "
+            "threads_per_process. Until then requests for which no process has a descriptor get "
             "503."
         )
     if machine.backlog is not None and machine.backlog < backlog:

@@ -68,7 +68,7 @@ class Link:
     pidfd: int
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
-    short: bool = False  # nor could one, for want of something that is not the channel's
+    short_until: float = math.inf  # nor could one, or not be taken, for want of something else
     heard: bool = False  # anything, on the channel
     deaf_since: float | None = None
     leave_due: bool = False
@@ -125,8 +125,8 @@ class Processes:
         for link in self.links.values():
             if link.heard and not (link.open or link.dismissed):
                 self._see_to_deaf(link, now)
-            if link.short:
-                link.short = False
+            if link.short_until <= now:
+                link.short_until = math.inf
                 self._on_room(link, now)
             if link.cells.has_stalled(now) is not link.stalled:
                 link.stalled = not link.stalled
@@ -348,7 +348,7 @@ class Processes:
         this user's are under way, whoever has sent them: `watch` tries again.
         """
         if error.errno in _SHORTAGE:
-            link.short = True
+            link.short_until = 0.0  # whenever we look again
             self._office.on_undeliverable(error)
         elif link.open and not link.full and error.errno == errno.EAGAIN:
             link.full = True

@@ -428,6 +428,39 @@ def test_what_comes_back_from_a_hub_that_stands_still_is_not_sent_again_for_a_cl
     assert not replica.dispatcher._clients.connections
 
 
+def test_what_the_only_process_has_no_descriptor_for_is_answered_and_its_slot_is_free(replica):
+    first, second = replica.client(), replica.client()
+    ask(first)
+    ask(second)
+    replica.turn()
+    untaken = replica.job()
+    replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
+    replica.turn()
+    assert first.recv(12) == b"HTTP/1.1 503"
+    assert address(replica.job()) == second.getsockname()
+
+
+def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent_nothing(replica):
+    dispatcher = replica.dispatcher
+    decisions, now = dispatcher._decisions, time.monotonic()
+    rules = replace(decisions.rules, processes=2)
+    dispatcher._obey(replace(dispatcher._wishes, rules=rules, live=(1, 2)), now)
+    decisions.registered(2, 1)
+    client = replica.client()
+    ask(client)
+    replica.turn()
+    untaken = replica.job()
+    replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
+    replica.turn()
+    assert list(decisions.waiting) == [untaken.request]
+    assert replica.job() is None
+    link = dispatcher._processes.links[1]
+    dispatcher._processes.watch(link.short_until - 0.01)
+    assert replica.job() is None
+    dispatcher._processes.watch(link.short_until)
+    assert address(replica.job()) == client.getsockname()
+
+
 def test_what_a_dead_process_had_not_begun_is_not_sent_again_for_a_client_that_left(replica):
     client = replica.client()
     ask(client)

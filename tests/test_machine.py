@@ -49,8 +49,8 @@ def test_a_hard_limit_that_is_too_low_is_told_with_what_holds_until_it_is_raised
 def test_a_soft_limit_that_is_too_low_for_the_slots_of_a_process_is_told():
     assert shortages(PLENTY, 1024, 1000, 2048) == [
         "Open files: the soft limit (1024) is too low for 1000 slots in a process. Raise it to "
-        "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which a "
-        "process has no descriptor get 503."
+        "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which no "
+        "process has a descriptor get 503."
     ]
 
 
@@ -79,14 +79,33 @@ def test_a_rest_of_a_response_that_found_no_descriptor_ends_its_connection():
 @IN_BOTH_MODES
 def test_a_request_for_which_its_process_has_no_descriptor_is_answered_503(start):
     server = start()
-    (worker,) = server.workers  # which has had no client yet, whose descriptor it could let go of
-    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
-    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free(worker), limits[1]))
+    (worker,) = server.workers
+    limits = leave_no_descriptor(worker)
     for _ in range(3):
         reply = server.get("/hello")
         assert (reply.status, reply.body.decode()) == (503, f"{UNTAKEN.text}\n")
     resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
     assert server.get("/hello").status == 200
+    server.wait_log(rf"Out of descriptors: process {worker} could not take a request")
+
+
+@IN_BOTH_MODES
+def test_requests_for_which_one_process_has_no_descriptor_go_to_the_others(start):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 2})
+    poor, rich = server.workers
+    limits = leave_no_descriptor(poor)
+    for _ in range(50):
+        reply = server.get("/numbers")
+        assert (reply.status, reply.json["pid"]) == (200, rich)
+    resource.prlimit(poor, resource.RLIMIT_NOFILE, limits)
+    wait_for(lambda: server.get("/numbers").json["pid"] == poor, "its turn")
+
+
+def leave_no_descriptor(worker: int) -> tuple[int, int]:
+    """Of a process that has had no client yet, whose descriptor it could let go of."""
+    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free(worker), limits[1]))
+    return limits
 
 
 def lowest_free(pid: int) -> int:
