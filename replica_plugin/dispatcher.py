@@ -542,6 +542,7 @@ class Dispatcher:
             self._journal.setup(wishes.logging)
         self._wishes = wishes
         self._clients.serve(wishes.serving)
+        self._clients.listeners.leave_room(wishes.rules.processes)
         pausing = not wishes.rules.processes
         rules = self._decisions.rules if pausing else wishes.rules
         self._decisions.roster.draining = wishes.draining

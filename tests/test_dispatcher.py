@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import select
 import signal
 import socket
@@ -223,6 +224,15 @@ def is_unanswered(client: socket.socket) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def test_connections_leave_room_to_as_many_processes_as_the_master_wants(replica, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 1024))
+    dispatcher, wishes = replica.dispatcher, replica.dispatcher._wishes
+    for processes, room in ((1, 952), (10, 880), (1, 952)):
+        rules = replace(wishes.rules, processes=processes)
+        dispatcher._obey(replace(wishes, rules=rules), time.monotonic())
+        assert sum(map(dispatcher._clients.listeners.has_room, range(1024))) == room
 
 
 # Whether it was full.
