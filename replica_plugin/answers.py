@@ -56,7 +56,7 @@ class Answer:
         """The same answer, from within a WSGI app."""
         head = f"\r\nAccept: {environ.get('HTTP_ACCEPT', '')}\r\n".encode("latin-1")
         fields, content = self.content(head)
-        start_response(self._status_line, fields)
+        start_response(self.status_line, fields)
         return [b"" if environ["REQUEST_METHOD"] == "HEAD" else content]
 
     def content(self, head: bytes) -> tuple[list[tuple[str, str]], bytes]:
@@ -79,7 +79,8 @@ class Answer:
         return fields, body
 
     @property
-    def _status_line(self) -> str:
+    def status_line(self) -> str:
+        """As HTTP has it behind the version; and gunicorn's access log."""
         return f"{self.status} {HTTPStatus(self.status).phrase}"
 
 
@@ -94,7 +95,7 @@ def _encoded(answer: Answer, as_json: bool, keep_alive: bool) -> tuple[bytes, by
     Kept, since under overload the same answer goes out thousands of times a second.
     """
     fields, content = answer._content(as_json)
-    start = f"HTTP/1.1 {answer._status_line}\r\nServer: {SERVER}\r\nDate: "
+    start = f"HTTP/1.1 {answer.status_line}\r\nServer: {SERVER}\r\nDate: "
     lines = [
         "",
         f"Connection: {'keep-alive' if keep_alive else 'close'}",

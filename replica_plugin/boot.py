@@ -6,6 +6,7 @@ import importlib.util
 import os
 import socket
 import sys
+from typing import NamedTuple
 
 from gunicorn.config import Config
 
@@ -123,38 +124,57 @@ def _without_dispatcher(cfg: Config) -> str:
     )
 
 
-def refusals(cfg: Config, loaded: Loaded) -> list[str]:
-    """Settings that cannot hold with a dispatcher: the reason and the way out."""
+class Refusal(NamedTuple):
+    """The reason and the way out, and what it is about: gunicorn's settings and ours, by name."""
+
+    told: str
+    settings: tuple[str, ...]
+
+
+def refusals(cfg: Config, loaded: Loaded) -> list[Refusal]:
+    """Settings that cannot hold with a dispatcher."""
     if not is_ours(cfg):
         return []
     found = []
+
+    def refuse(told: str, *settings: str) -> None:
+        found.append(Refusal(told, settings))
+
     if cfg.reuse_port:
-        found.append(
+        refuse(
             "reuse_port: one dispatcher accepts for all workers, so a socket for each of them "
-            "would not be served. Leave --reuse-port out."
+            "would not be served. Leave --reuse-port out.",
+            "reuse_port",
         )
     if cfg.is_ssl:
-        found.append(
+        refuse(
             "certfile, keyfile: the dispatcher hands over plain sockets and cannot do TLS yet. "
-            "Leave them out and let a proxy in front (nginx, a load balancer) do TLS."
-        )
+            "Leave them out and let a proxy in front (nginx, a load balancer) do TLS.",
+            "certfile", "keyfile",
+        )  # fmt: skip
     if _wants_http2(cfg):
-        found.append(
+        refuse(
             "http_protocols, http2_cleartext: HTTP/2 carries many requests on one connection, "
-            "which cannot be handed to one slot. Leave h2 out; a proxy in front can speak it."
-        )
+            "which cannot be handed to one slot. Leave h2 out; a proxy in front can speak it.",
+            "http_protocols", "http2_cleartext",
+        )  # fmt: skip
     if getattr(cfg, "protocol", "http") != "http":
-        found.append(
+        refuse(
             f"protocol: the dispatcher looks at HTTP requests only (got {cfg.protocol}). "
-            "Leave --protocol out and have the proxy speak HTTP."
+            "Leave --protocol out and have the proxy speak HTTP.",
+            "protocol",
         )
     if cfg.threads < 1:
-        found.append(
+        refuse(
             f"threads ({cfg.threads}): a process without a slot would run nothing. "
-            "Set --threads to 1 or more."
+            "Set --threads to 1 or more.",
+            "threads",
         )
     if _is_over_bound(cfg, loaded):
-        found.append(_over_bound(cfg, loaded))
+        refuse(
+            _over_bound(cfg, loaded),
+            "workers", "threads", "max_replica_concurrency", "target_replica_concurrency",
+        )  # fmt: skip
     return found
 
 

@@ -1,4 +1,4 @@
-"""The page of a process: what each of its slots does, for the dispatcher to see after its death."""
+"""The page of a process: what each of its slots does, or did, for the dispatcher to see."""
 
 from __future__ import annotations
 

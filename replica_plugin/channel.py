@@ -34,7 +34,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from .rest import Rest
+from .rest import NOW, Rest
 from .unpatched import socketpair
 
 VERSION = 4
@@ -47,12 +47,10 @@ _ADDRESS = 1024  # characters of the longest address, as Python writes it
 _STALL = 4096  # bytes of the longest Stall
 _REPORT = struct.Struct("=BBQIQ")
 _LONGEST = _REPORT.size + LARGEST // 2  # report that a request is done
-_RESTS = 0x80  # beside the end: a descriptor travels with it
 _ANCILLARY = socket.CMSG_SPACE(4 * array.array("i").itemsize)
 _SENDER = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 _SCM_CREDENTIALS = 2
 _WITH_DESCRIPTORS = (socket.SCM_RIGHTS, 4)  # and SCM_PIDFD, since Linux 6.5
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 _CLOEXEC = int(socket.MSG_CMSG_CLOEXEC)
 _DONTWAIT, _NOSIGNAL = int(socket.MSG_DONTWAIT), int(socket.MSG_NOSIGNAL)
 _PEEK = int(socket.MSG_DONTWAIT | socket.MSG_PEEK)
@@ -131,8 +129,7 @@ class Report(NamedTuple):
     took: int = 0
 
     def encode(self) -> bytes:
-        end = self.end if self.rest is None else self.end | _RESTS
-        start = _REPORT.pack(self.kind, end, self.request, len(self.ahead), self.took)
+        start = _REPORT.pack(self.kind, self.end, self.request, len(self.ahead), self.took)
         return b"".join((start, self.ahead, self.carry))
 
 
@@ -146,10 +143,10 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
         if len(data) < _REPORT.size:
             raise ValueError("too short for a report")
         kind, end, request, ahead, took = _REPORT.unpack_from(data)
-        if fds and (len(fds) > 1 or kind != Kind.REST or not end & _RESTS):
+        if fds and (len(fds) > 1 or kind != Kind.REST):
             raise ValueError("a descriptor too many")
-        if end & _RESTS:
-            end = end ^ _RESTS if fds else End.ABORT
+        if kind == Kind.REST and not fds:
+            end = End.ABORT
         split = _REPORT.size + ahead
         if kind > Kind.OWED or end > End.UNTAKEN or split > len(data):
             raise ValueError("unknown, or cut short")
@@ -230,7 +227,7 @@ def pair() -> tuple[socket.socket, socket.socket]:
 
 def send(sock: socket.socket, data: bytes, *fds: int) -> None:
     """Send a message and descriptors at once or not at all. Raises OSError."""
-    sock.sendmsg((data,), _rights(*fds), _NOW)
+    sock.sendmsg((data,), _rights(*fds), NOW)
 
 
 def _rights(*fds: int) -> list[tuple[int, int, array.array[int]]]:
@@ -313,6 +310,10 @@ class ProcessEnd:
                 if error.errno not in (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM):
                     raise
                 self._wait(error.errno == errno.EAGAIN)
+
+    def tell_now(self, message: bytes) -> None:
+        """Tell the dispatcher if there is room. Raises OSError."""
+        self.sock.send(message, NOW)
 
     def leave(self, report: Report, rest: Rest) -> bool:
         """Tell REST; False if there is nobody to take it.

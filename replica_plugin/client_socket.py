@@ -27,13 +27,12 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from .rest import PIECE, Rest, queued
+from .rest import NOW, PIECE, Rest, queued
 from .unpatched import Socket, poll
 
 JOINED = 1 << 16  # bytes of body up to which copying it behind the head is cheaper than a write
 TURN = 0.25  # seconds after which a thread that waits for a client can be interrupted, at most
 _TIMEVAL = struct.Struct("ll")
-_NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
 _INTERIM = b"1"  # the first digit of a status that is no response yet: 103 Early Hints
 
 
@@ -97,7 +96,7 @@ class ClientSocket(Socket):
         """As socket.recv. Raises ReceiveTimeoutError."""
         while True:
             try:
-                return super().recv(size, flags | _NOW)
+                return super().recv(size, flags | NOW)
             except BlockingIOError:
                 self._await_bytes()
             except OSError as error:
@@ -107,7 +106,7 @@ class ClientSocket(Socket):
         """As socket.recv_into, which an app may use by `makefile`. Raises ReceiveTimeoutError."""
         while True:
             try:
-                return super().recv_into(buffer, nbytes, flags | _NOW)
+                return super().recv_into(buffer, nbytes, flags | NOW)
             except BlockingIOError:
                 self._await_bytes()
             except OSError as error:
@@ -116,19 +115,14 @@ class ClientSocket(Socket):
     def send(self, data: Any, flags: int = 0) -> int:
         """As socket.send. What is sent so is no answer yet: gunicorn's 100 Continue."""
         try:
-            return super().send(data, flags | _NOW)
-        except BlockingIOError:
-            return self._send_later(data, flags)
+            try:
+                return super().send(data, flags | NOW)
+            except BlockingIOError:
+                while not (sent := self._send_some(data, flags)):
+                    pass
+                return sent
         except OSError as error:
             raise self._noted(error, SendTimeoutError) from None
-
-    def _send_later(self, data: Any, flags: int) -> int:
-        try:
-            while not (sent := self._send_some(data, flags)):
-                pass
-        except OSError as error:
-            raise self._noted(error, SendTimeoutError) from None
-        return sent
 
     def sendall(self, data: Any, flags: int = 0) -> None:
         """As socket.sendall; holds the head. Raises SendTimeoutError."""
@@ -141,7 +135,7 @@ class ClientSocket(Socket):
     def answer_instead(self, data: bytes) -> None:
         """Called by the attendant, to which the response belongs: send what there is room for."""
         with suppress(OSError):  # the client has left
-            super().send(data, _NOW)
+            super().send(data, NOW)
 
     def discard(self) -> None:
         """Take back what is held, and what is left."""
@@ -231,7 +225,7 @@ class ClientSocket(Socket):
         sent = 0
         if not self.left:
             with suppress(BlockingIOError):
-                sent = super().send(data, _NOW)
+                sent = super().send(data, NOW)
         if sent < len(data):
             self.left.append(memoryview(data)[sent:])
             self._left_size += len(data) - sent
@@ -255,7 +249,7 @@ class ClientSocket(Socket):
         left = memoryview(data)
         while left:
             try:
-                left = left[super().send(left, flags | _NOW) :]
+                left = left[super().send(left, flags | NOW) :]
             except BlockingIOError:
                 left = left[self._send_some(left, flags) :]
 
@@ -264,7 +258,7 @@ class ClientSocket(Socket):
         before = queued(self)
         ready = self._wait(socket.SO_SNDTIMEO)
         try:
-            return super().send(data, flags | _NOW)
+            return super().send(data, flags | NOW)
         except BlockingIOError:
             if not ready and queued(self) >= before:
                 raise

@@ -34,12 +34,12 @@ from .deadlines import Deadlines
 from .endings import Endings
 from .head import Head
 from .listeners import ACCEPTS, Listener, Listeners
+from .rest import NOW
 from .rules import Serving
 
 EDGE: int = select.EPOLLIN | select.EPOLLRDHUP | select.EPOLLET
 LEFT: int = select.EPOLLRDHUP | select.EPOLLHUP | select.EPOLLERR
 BACKLOG = 4096  # connections: as many as the kernel lets wait, by default (somaxconn)
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 class Judge(Protocol):
@@ -209,7 +209,6 @@ class Clients:
     def conclude(self, conn: Connection, answer: Answer, now: float) -> None:
         """A process has given this answer in place of its slot, which goes on for a while."""
         self._judge.on_answered(conn, answer, now)
-        self._untime(conn)
         self._endings.linger(conn, now)
 
     def answer(self, conn: Connection, answer: Answer, now: float) -> None:
@@ -226,7 +225,7 @@ class Clients:
             if ended:
                 self._arriving.take(conn, head.size)
             data = answer.encode(head.text, keep, head.method == b"HEAD")
-            whole = conn.sock.send(data, _NOW) == len(data)
+            whole = conn.sock.send(data, NOW) == len(data)
         except OSError:  # it has left, or has no room for a few hundred bytes: it reads no answers
             self.close(conn)
             return

@@ -90,7 +90,7 @@ class Connection:
         self.sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, send)
 
     def unread(self) -> int:
-        """How many bytes lie in the kernel; none if a process has made a listener of it."""
+        """How many bytes lie in the kernel; 0 if a process has made a listener of it."""
         count = array.array("i", [0])
         try:
             fcntl.ioctl(self.fd, termios.FIONREAD, count)

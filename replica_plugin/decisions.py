@@ -103,8 +103,7 @@ class Decisions:
         self._exempt_within = 0  # exempt requests that run within the cap
         self._rate = Rate()
         self._overtime = Overtime()
-        self._stuck: set[int] = set()  # ages of processes with stuck requests
-        self._quota = Quota()  # of processes that are ended because of them
+        self._quota = Quota()  # of processes that are ended because of stuck requests
 
     def __repr__(self) -> str:
         return f"<Replica {self.running}/{self.rules.cap} running, {len(self.waiting)} waiting>"
@@ -128,7 +127,7 @@ class Decisions:
     def next_overdue(self) -> float:
         """When there is something to do about requests that run for too long; or sooner."""
         due = self._overtime.due(self.rules.grace)
-        return min(due, self._quota.next) if self._stuck else due
+        return min(due, self._quota.next) if self._with_stuck() else due
 
     def retry_after(self, now: float) -> int:
         """Seconds, 1 to 60, until a queue as long as this one has drained at today's rate."""
@@ -332,8 +331,8 @@ class Decisions:
             self.clear_deck()
         limit = self.rules.wait_limit
         late = self.exempt.expired(now, limit) + self.waiting.expired(now, limit)
-        overdue = self._see_to_overdue(now) if self._overtime or self._stuck else []
-        return [*(Refuse(request, Why.WAITED) for request in late), *overdue, *self._start(now)]
+        refused = (Refuse(request, Why.WAITED) for request in late)
+        return [*refused, *self._see_to_overdue(now), *self._start(now)]
 
     def give_up(self) -> list[Action]:
         """The stop is about to end: refuse everything that still waits, and that comes."""
@@ -434,7 +433,9 @@ class Decisions:
 
     def _end(self, process: Process, request: int) -> Wait:
         wait = process.requests.pop(request)
-        self._untime(process, request)
+        self._overtime.end(request)
+        process.overdue.discard(request)
+        process.stuck.discard(request)
         process.free += 1
         self._count(process, wait, -1)
         return wait
@@ -487,11 +488,14 @@ class Decisions:
         ]
         for request, age in self._overtime.stuck(now, grace):
             self.processes[age].stuck.add(request)
-            self._stuck.add(age)
         self._quota.forget(now)
-        for age in sorted(self._stuck):
-            actions += self._end_stuck(self.processes[age], now)
+        for process in self._with_stuck():
+            actions += self._end_stuck(process, now)
         return actions
+
+    def _with_stuck(self) -> list[Process]:
+        """Processes with stuck requests, the oldest first."""
+        return sorted((p for p in self.processes.values() if p.stuck), key=attrgetter("age"))
 
     def _end_stuck(self, process: Process, now: float) -> list[Action]:
         """End a process with stuck requests, as far as may be now.
@@ -516,13 +520,6 @@ class Decisions:
     def _is_overdue(self, process: Process, request: int, now: float) -> bool:
         return request in process.stuck or self._overtime.overdue_at(request) <= now
 
-    def _untime(self, process: Process, request: int) -> None:
-        self._overtime.end(request)
-        process.overdue.discard(request)
-        process.stuck.discard(request)
-        if not process.stuck:
-            self._stuck.discard(process.age)
-
     def _undo_start(self, process: Process, request: int) -> None:
         self._put_back([(request, self._end(process, request))])
 
@@ -536,4 +533,4 @@ class Decisions:
             self.running -= process.running
             self._exempt_within -= 0 if process.extra else process.exempt
             for request in process.requests:
-                self._untime(process, request)
+                self._overtime.end(request)

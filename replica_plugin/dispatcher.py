@@ -39,7 +39,7 @@ from .head import Head
 from .heritage import Heritage, is_dead
 from .journal import Journal
 from .listeners import ACCEPTS, Listener
-from .pages import LoadPage, MasterPage, Numbers, ReplicaPage
+from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
@@ -58,7 +58,6 @@ class Frame:
     control: socket.socket
     master_page: MasterPage
     replica_page: ReplicaPage
-    load_page: LoadPage
     nudge: int  # eventfd, written by the master after its page
     master_pidfd: int
     master_pid: int
@@ -87,8 +86,9 @@ class Dispatcher:
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._nudged = (frame.nudge, select.EPOLLIN)  # as epoll says it
         self._tick_at = 0.0
-        self._spared = frame.replica_page.read().spared
-        self._decisions.roster.was_ready = self._heritage.was_ready
+        before = frame.replica_page.read()
+        self._spared = before.spared
+        self._decisions.roster.was_ready = bool(before.was_ready)
         for age, slots, _ in self._heritage.rows():
             self._decisions.expected(age, slots)
         for fd in (frame.nudge, frame.master_pidfd):
@@ -190,7 +190,7 @@ class Dispatcher:
         self._journal.tick(now)
         self.perform(self._decisions.tick(now), now)
         self._stopping.tick(self._wishes.live, now)
-        self._ready_file.show(self._wishes.ready_file, self._is_ready, now)
+        self._ready_file.show(self._wishes.ready_file, self._decisions.roster.is_ready, now)
         self._frame.replica_page.write(self._numbers(now))
 
     def _numbers(self, now: float) -> Numbers:
@@ -232,15 +232,11 @@ class Dispatcher:
     def on_shortage(self, now: float) -> None:
         self._journal.shortage(now)
 
-    @property
-    def _is_ready(self) -> bool:
-        return self._decisions.roster.is_ready and not self._wishes.draining
-
     def probe(self, name: bytes) -> answers.Answer:
+        roster = self._decisions.roster
         if name.endswith(b"readyz"):
-            return answers.probe(self._is_ready, "ready", "not ready")
-        healthy = self._decisions.roster.is_healthy
-        return answers.probe(healthy, "healthy", "no process is usable or booting")
+            return answers.probe(roster.is_ready, "ready", "not ready")
+        return answers.probe(roster.is_healthy, "healthy", "no process is usable or booting")
 
     # What the processes' side tells (processes.Office).
 
@@ -555,10 +551,11 @@ class Dispatcher:
             self._stopping.begin(wishes.stop, wishes, now)
 
     def _listen_if_served(self) -> None:
-        """Beside another master that serves, connections are its until our processes can, too."""
+        """Beside another master, which may serve, connections are its until our processes can, too.
+        Those that the dispatcher before us has left can, though all of them may be busy."""
         roster, listeners = self._decisions.roster, self._clients.listeners
-        waits = self._wishes.beside and not (roster.was_ready or roster.usable)
-        if not (waits or listeners.wanted or roster.stopping):
+        waits = self._wishes.beside and not (roster.usable or self._heritage.rows())
+        if not (listeners.wanted or roster.stopping or waits):
             listeners.accept_if(True)
 
     def _tell_unguarded(self) -> None:

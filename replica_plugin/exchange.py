@@ -232,7 +232,7 @@ class Exchange:
         The app has no descriptor then by which it could read the next request as this one's body.
         """
         rest = self._sock.rest()
-        report = self._report(end)._replace(kind=Kind.REST, rest=rest)
+        report = self._report(end)._replace(kind=Kind.REST)
         self._given = rest is not None and self._run.channel.leave(report, rest)
         if self._given:
             self._sock.discard()
@@ -294,13 +294,13 @@ class Exchange:
             return End.ABORT
         if isinstance(error, OverdueError):
             return self._overdue()
-        if self._sock.answering and not isinstance(error, _CutShortError):
+        if isinstance(error, _CutShortError):
+            return End.LINGER
+        if self._sock.answering:
             self._log.exception("Error after the response to %s", self._request.uri)
             return End.LINGER
-        if not isinstance(error, _CutShortError):
-            self._worker.handle_error(self._request, self._sock, self._job.client, error)
-            return self._told()
-        return End.LINGER
+        self._worker.handle_error(self._request, self._sock, self._job.client, error)
+        return self._told()
 
     @property
     def _is_too_late(self) -> bool:

@@ -53,13 +53,10 @@ from .channel import TURNING, Kind, ProcessEnd, Report, Stall
 from .green import GreenClientSocket, GreenEnd, GreenInterrupter
 from .overdue import Interrupter
 from .slot import Slot
+from .unpatched import get_ident, start_thread
 from .worker import ReplicaWorker
 
 TURN = 0.25  # seconds between two signs of life of the hub, and two looks at it
-_TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
-_start_thread: Callable[..., int] = gevent.monkey.get_original("_thread", "start_new_thread")
 
 
 class GeventWorker(ReplicaWorker):
@@ -91,9 +88,9 @@ class GeventWorker(ReplicaWorker):
     def _interrupter(self) -> Interrupter:
         return GreenInterrupter(self._in_hub)
 
-    def _serve(self, slots: list[Slot]) -> None:
+    def _serve(self) -> None:
         loop = gevent.get_hub().loop
-        self._main = _get_ident()
+        self._main = get_ident()
         self._changed = gevent.event.Event()
         self._ended = gevent.event.Event()
         self._waker = loop.async_()
@@ -101,9 +98,9 @@ class GeventWorker(ReplicaWorker):
         self._turned_at, self._cpu_at_turn = time.monotonic(), time.process_time()
         self._timer = loop.timer(0.0, TURN)
         self._timer.start(self._turn)
-        for slot in slots:
+        for slot in self._slots:
             gevent.spawn(self._run_slot, slot)
-        _start_thread(self._attend_beside, ())
+        start_thread(self._attend_beside, "replica-attendant")
         self._ended.wait()
 
     def _part_from_parent(self) -> None:
@@ -135,10 +132,6 @@ class GeventWorker(ReplicaWorker):
             self._changed.wait()
         return self._channel if self.serving else None
 
-    def lost(self, channel: ProcessEnd) -> None:
-        if self._channel is channel and self.serving:  # else `dismissed` has shut it
-            self._channel = None
-
     def _take_up(self, sock: socket.socket, deck: socket.socket) -> None:
         self._channel = GreenEnd(sock, deck)
         if self._dead is not sock:
@@ -154,7 +147,7 @@ class GeventWorker(ReplicaWorker):
         self._cells.turn()
         if late and self._channel is not None:
             with suppress(OSError):  # no room, or a dispatcher that died: it looks once a second
-                self._channel.sock.send(TURNING, _TELL)
+                self._channel.tell_now(TURNING)
 
     def _run_errands(self) -> None:
         while self._errands:
@@ -221,7 +214,7 @@ class GeventWorker(ReplicaWorker):
             return
         share = (time.process_time() - self._cpu_at_turn) / stood
         stall = Stall(share, place).encode()
-        channel.sock.send(Report(Kind.STALLED, request, carry=stall).encode(), _TELL)
+        channel.tell_now(Report(Kind.STALLED, request, carry=stall).encode())
         self._explained = True
 
 

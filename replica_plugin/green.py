@@ -21,21 +21,17 @@ from typing import Any
 
 import gevent
 import gevent.hub
-import gevent.monkey
 import gevent.socket
 
-from .channel import LEAVE, PAUSE, Kind, ProcessEnd, Report, close_all, decode_job, receive
+from .channel import LEAVE, PAUSE, Kind, ProcessEnd, Report, close_all, decode_job, receive_now
 from .client_socket import ClientSocket
 from .errors import OverdueError
 from .overdue import SIGNAL, Run
-from .rest import PIECE
+from .rest import NOW, PIECE
+from .unpatched import get_ident
 
 READABLE = 1
 HAND_TIME = 0.005  # seconds in which a slot may take one request after the other, and no hub turns
-_NOW = int(socket.MSG_DONTWAIT)  # an IntFlag takes a microsecond for each `|`
-_TELL = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-
-_get_ident: Callable[[], int] = gevent.monkey.get_original("_thread", "get_ident")
 
 Message = tuple[bytes, list[int]]
 END: Message = (b"", [])
@@ -53,7 +49,7 @@ class GreenInterrupter:
 
     def __init__(self, in_hub: Callable[..., None]) -> None:
         self._in_hub = in_hub
-        self._main = _get_ident()
+        self._main = get_ident()
         self._aims: set[Run] = set()
         signal.signal(SIGNAL, self._on_signal)
 
@@ -89,7 +85,7 @@ class GreenEnd(ProcessEnd):
     HAND_TIME it may go on so; then come others of the process.
     """
 
-    _flags = _TELL
+    _flags = NOW
 
     def __init__(self, sock: socket.socket, deck: socket.socket) -> None:
         super().__init__(sock, deck)
@@ -132,7 +128,7 @@ class GreenEnd(ProcessEnd):
     def _on_readable(self) -> None:
         """Called by the hub, which may not wait."""
         try:
-            message = receive(self.sock, _NOW)
+            message = receive_now(self.sock)
         except BlockingIOError:  # the attendant was faster
             return
         except ConnectionError:
@@ -169,7 +165,7 @@ class GreenEnd(ProcessEnd):
         """
         with suppress(BlockingIOError):
             while True:
-                data, fds = receive(self.sock, _NOW)
+                data, fds = receive_now(self.sock)
                 if not data:
                     return
                 if data == LEAVE:

@@ -21,7 +21,6 @@ class Heritage:
     """The processes in the table of the page, as the dispatcher before left it."""
 
     def __init__(self, epoll: select.epoll, page: ReplicaPage, parent: int) -> None:
-        self.was_ready = bool(page.read().was_ready)
         self._epoll = epoll
         self._missing: dict[int, Row] = {}
         for row in page.read_table():

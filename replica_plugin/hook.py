@@ -7,7 +7,7 @@ check it (`check_config`), right before `when_ready`; so it does not matter whic
 user's file defines, above our line or below.
 
     configuration read -> nworkers_changed -> listeners -> check_config -> when_ready -> fork
-    reload: configuration read -> setup (wrapped, master.py) -> on_reload -> fork
+    reload: configuration read -> setup (wrapped: `_wrap`) -> on_reload -> fork
 
 gunicorn's `reload` (since 27) waits at its end for the old processes, up to graceful_timeout,
 and sees no signal meanwhile. Ours leave later than that, when their successors are ready; so
@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ from gunicorn.errors import HaltServer
 
 from . import boot, stats
 from .config.load import Loaded, load
+from .config.settings import Settings
 from .errors import BootError, ConfigError, Place, Problem
 
 if TYPE_CHECKING:  # the master's part cannot be imported everywhere: see boot.supported
@@ -41,6 +43,9 @@ QUICK = 2
 """Seconds a process has to heed QUIT or INT, until it is killed; as in gunicorn during a TERM."""
 
 ENDINGS = (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT)
+
+HELD = (*ENDINGS, signal.SIGUSR1)
+"""Signals that wait while a new process has no handlers of its own for them."""
 
 _loaded: Loaded | None = None
 _log: Any = None  # gunicorn's, once it has read its configuration
@@ -174,16 +179,16 @@ def _on_reload(arbiter: Arbiter) -> None:
 def _post_fork(arbiter: Arbiter, worker: Any) -> None:
     if _master is not None:
         _master.restore_timeout()
-        worker.leave_at_once_when_told()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+        worker.hear_early()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
 def _pre_fork(arbiter: Arbiter, worker: Any) -> None:
     """A new process has the master's handlers, which would lose a signal: until `_post_fork` it
     waits. Nothing that a user's hook starts is to be born like that: so this comes last."""
     if _master is not None:
-        _master.before_fork(worker.age)
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDINGS)
+        _master.tell(worker.age)
+        signal.pthread_sigmask(signal.SIG_BLOCK, HELD)
 
 
 def _child_exit(arbiter: Arbiter, worker: Any) -> None:
@@ -250,7 +255,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         try:
             return spawn_worker()
         finally:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDINGS)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
     def wrapped_stop(graceful: bool = True) -> None:
         graceful = graceful and ours.drain()
@@ -269,7 +274,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         ours.tell()
 
     def wrapped_setup(app: Any) -> None:
-        _before_reload(arbiter, app.cfg)
+        _before_reload(arbiter, app.cfg, ours.settings)
         setup(app)
         _after_reload(arbiter, ours)
 
@@ -316,30 +321,42 @@ def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:
         os._exit(1)
 
 
-def _before_reload(arbiter: Arbiter, cfg: Config) -> None:
-    """Undo what a reload cannot change, and add our hooks to the new configuration."""
+def _before_reload(arbiter: Arbiter, cfg: Config, settings: Settings) -> None:
+    """Undo what a reload cannot change, and what cannot hold; `settings` are ours from before. Add
+    our hooks to the new configuration."""
     if not _fresh:  # our worker class came without our line
         _load()
     fixed = ["bind", "preload_app"]
     if not (boot.is_ours(arbiter.cfg) and boot.is_ours(cfg)):
         fixed.append("worker_class")
-    if cfg.threads < 1:  # nothing would run, and processes begin and end in a circle
-        stays = arbiter.cfg.threads
-        arbiter.log.error("threads is %s, which is no slot; it stays %s", cfg.threads, stays)
-        cfg.set("threads", stays)
     for name in fixed:
         before = arbiter.cfg.settings[name].get()
         if cfg.settings[name].get() != before:
             arbiter.log.error("%s has changed, which needs a restart; it stays %s", name, before)
             cfg.settings[name].value = before
+    _leave_alone(arbiter, cfg, settings)
     _add_hooks(cfg)
+
+
+def _leave_alone(arbiter: Arbiter, cfg: Config, settings: Settings) -> None:
+    """Put what is refused back to what it was; and what does not go with that, in its turn."""
+    global _loaded
+    assert _loaded is not None
+    told: list[str] = []
+    while found := [each for each in boot.refusals(cfg, _loaded) if each.told not in told]:
+        for name in {name for refusal in found for name in refusal.settings}:
+            if name in cfg.settings:
+                cfg.settings[name].value = arbiter.cfg.settings[name].get()
+            elif hasattr(settings, name):
+                ours = replace(_loaded.settings, **{name: getattr(settings, name)})
+                _loaded = replace(_loaded, settings=ours)
+        told += [refusal.told for refusal in found]
+    if told:
+        arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(told))
 
 
 def _after_reload(arbiter: Arbiter, ours: Master) -> None:
     assert _loaded is not None
-    problems = boot.refusals(arbiter.cfg, _loaded)
-    if problems:
-        arbiter.log.error("Not possible with a replica, and left alone: %s", "; ".join(problems))
     _tell_overrides(arbiter.cfg, arbiter.log)
     if arbiter.cfg.preload_app:
         arbiter.log.warning(
@@ -382,7 +399,7 @@ def _before_listening(cfg: Config, log: Any) -> None:
         _forget_alone(cfg)
     problems = boot.refusals(cfg, loaded)
     if problems:
-        raise BootError("\n".join(problems))
+        raise BootError("\n".join(each.told for each in problems))
     _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
 

@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import timedelta
-from http import HTTPStatus
 from logging import FileHandler
 from typing import Any, NamedTuple
 
@@ -181,9 +180,8 @@ class Journal:
             "HTTP_REFERER": names.get("REFERER", "-"),
             "HTTP_USER_AGENT": names.get("USER-AGENT", "-"),
         }
-        status = f"{answer.status} {HTTPStatus(answer.status).phrase}"
         sent = 0 if method == "HEAD" else len(answer.content(head)[1])
-        response = _Response(status, sent, [])
+        response = _Response(answer.status_line, sent, [])
         self._logger.access(response, _Request(headers), environ, timedelta(seconds=seconds))
 
 

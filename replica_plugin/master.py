@@ -4,14 +4,13 @@ The master runs no code of ours but these hooks, each of which writes what is wa
 the master's page and nudges whoever reads it. Nothing is sent that could be lost: a helper
 that was not there reads the page when it comes.
 
-gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods are
-wrapped on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
+gunicorn's arbiter is touched here and in hook.py, and nowhere else. Some of its methods hook.py
+wraps on the instance, since no hook says what they do: `stop` (a stop is told, never inferred
 from a worker that goes), `setup` (a reload brings a new configuration, into which our hooks go
 again), `reload` (see hook.py), `spawn_worker` (a signal to a process just forked is not lost),
-`manage_workers` (a supervisor that died is replaced),
-`reap_workers` (a stop comes to its end, whatever processes end with),
-`kill_workers` (a stop is hurried with QUIT), `reexec` (another master shares our sockets) and
-`handle_usr1` (logs are reopened).
+`manage_workers` (a supervisor that died is replaced), `reap_workers` (a stop comes to its end,
+whatever processes end with), `kill_workers` (a stop is hurried with QUIT), `reexec` (another
+master shares our sockets) and `handle_usr1` (logs are reopened).
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -94,7 +92,7 @@ class Master:
         self.page = MasterPage()
         self.replica_page = ReplicaPage()
         self.load_page = LoadPage()
-        self.control, self._control_out = control_pair()
+        self.control, self.control_out = control_pair()  # processes write to the second
         self._arbiter = arbiter
         self._stop: Stop | None = None
         self._draining = False
@@ -121,13 +119,9 @@ class Master:
         self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
         self.tell()
 
-    def before_fork(self, age: int) -> None:
-        """A process of this age is about to be born."""
-        self.tell(age)
-
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
-        if bool(self._arbiter.master_pid) != self._beside:  # it has gone, and we are promoted
+        if self._is_beside() != self._beside:  # the other master has gone
             self.tell()
         if time.monotonic() - self._started_at >= SHORT_LIFE and is_dead(self._supervisor_pidfd):
             log = self._arbiter.log
@@ -160,7 +154,7 @@ class Master:
     def _wishes(self, forking: tuple[int, ...]) -> Wishes:
         cfg = self._arbiter.cfg
         self._most_threads = max(self._most_threads, cfg.threads)
-        self._beside = bool(self._arbiter.master_pid)
+        self._beside = self._is_beside()
         return Wishes(
             rules=Rules(
                 self._arbiter.num_workers,
@@ -187,11 +181,15 @@ class Master:
             reopen=self._reopen,
         )
 
+    def _is_beside(self) -> bool:
+        """Whether there is another master: the one that we have started, or that has started us."""
+        return bool(self._arbiter.reexec_pid or self._arbiter.master_pid)
+
     def _is_shared(self) -> bool:
         """Whether someone else has our listening sockets: another master, or who activated us."""
         arbiter = self._arbiter
         inherited = any(isinstance(address, int) for address in arbiter.cfg.address)  # fd://
-        return bool(inherited or arbiter.systemd or arbiter.reexec_pid or arbiter.master_pid)
+        return bool(inherited or arbiter.systemd or self._beside)
 
     def drain(self) -> bool:
         """Serve on for drain_delay while readyz says 503; False if that was cut short.
@@ -281,10 +279,6 @@ class Master:
         self.page.only_read()
         self.replica_page.only_read()
 
-    def offer_socket(self) -> socket.socket:
-        """Where a process registers."""
-        return self._control_out
-
     def _start_supervisor(self) -> None:
         """Start the supervisor in a session of its own, where no Ctrl-C reaches it."""
         self._started_at = time.monotonic()
@@ -295,7 +289,6 @@ class Master:
                 self.control.fileno(),
                 self.page.fd,
                 self.replica_page.fd,
-                self.load_page.fd,
                 *self._nudges,
                 own,
                 os.getpid(),

@@ -248,20 +248,15 @@ class ThreadInterrupter:
         _set_exception(ctypes.c_ulong(run.where), None)
 
 
-class MainInterrupter:
+class MainInterrupter(ThreadInterrupter):
     """For the slot that is the main thread: a signal's handler raises, and ends blocking calls.
 
     It is made in that thread. A signal that comes at another time raises nothing.
     """
 
-    here = staticmethod(threading.get_ident)
-
     def __init__(self) -> None:
         self._aim: Run | None = None
         signal.signal(SIGNAL, self._on_signal)
-
-    def frame(self, where: int) -> FrameType | None:
-        return sys._current_frames().get(where)
 
     def strike(self, run: Run) -> None:
         self._aim = run

@@ -36,9 +36,6 @@ class Overtime:
         self._timed: OrderedDict[int, Timed] = OrderedDict()
         self._late: OrderedDict[int, Timed] = OrderedDict()
 
-    def __len__(self) -> int:
-        return len(self._timed) + len(self._late)
-
     def start(self, request: int, age: int, overdue_at: float) -> None:
         """A request begins. It keeps its limit when the rules change."""
         timed = Timed(overdue_at, age)

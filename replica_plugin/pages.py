@@ -3,7 +3,7 @@
     page          writer      readers
     MasterPage    master      supervisor, dispatcher: the settings, and what the master wants
     ReplicaPage   dispatcher  supervisor, its own successor, anyone who asks for numbers
-    LoadPage      processes   themselves, dispatcher: how loading the app went; a word each time
+    LoadPage      processes   themselves: how loading the app went; a word each time
     Cells         process     dispatcher: what its slots do (cells.py)
 
 Each page has one writer at a time and outlives it, which is the point: what a dead process

@@ -186,7 +186,7 @@ class Processes:
             return
         if self._is_in_anothers_name(link):
             self._office.on_nonsense(link)
-            _end(link)
+            _signal(link, signal.SIGKILL)
             self._release(link)
             return
         try:
@@ -273,7 +273,7 @@ class Processes:
         """It says what no process of ours says: it ends."""
         self._office.on_nonsense(link)
         self._close_channel(link)
-        _end(link)
+        _signal(link, signal.SIGKILL)
 
     def _on_death(self, link: Link, now: float) -> None:
         for report in self._reports(link, LAST_WORDS):
@@ -324,22 +324,19 @@ class Processes:
 
     def inspect(self, age: int) -> None:
         """Have a process write its stacks, which can be read soon."""
-        self.links[age].cells.expect_stacks()
-        self._signal(age, DUMP)
+        link = self.links[age]
+        link.cells.expect_stacks()
+        _signal(link, DUMP)
 
     def kill(self, age: int) -> None:
         """End a process. Its death will tell."""
-        self._signal(age, signal.SIGKILL)
+        _signal(self.links[age], signal.SIGKILL)
 
     def kill_all(self) -> None:
         """What a master does at the end of a stop, for one that is dead: a process may be in a call
         that keeps the GIL, or wait for a thread that the app has left."""
         for age in self.links:
             self.kill(age)
-
-    def _signal(self, age: int, number: int) -> None:
-        with suppress(OSError):  # it is dead already
-            signal.pidfd_send_signal(self.links[age].pidfd, number)
 
     def _on_full(self, link: Link, error: OSError) -> None:
         """Wait for room; if the channel is gone, the process's death will tell.
@@ -400,6 +397,6 @@ def _is_of(pidfd: int, pid: int) -> bool:
         return True
 
 
-def _end(link: Link) -> None:
+def _signal(link: Link, number: int) -> None:
     with suppress(OSError):  # it is dead already
-        signal.pidfd_send_signal(link.pidfd, signal.SIGKILL)
+        signal.pidfd_send_signal(link.pidfd, number)

@@ -21,8 +21,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-from . import deck
 from .channel import WELCOME, Register, close_all, pair, receive_now, send_register
+from .deck import let_go
 from .unpatched import Socket, poll
 
 OFFER_TIME = 5.0  # seconds without WELCOME after which the process offers itself anew
@@ -56,9 +56,7 @@ class Registration:
         self._offered: socket.socket | None = None
         self._offered_at = 0.0
         self._dispatcher = -1  # its pidfd
-        self._channel: socket.socket | None = None
-        self._deck: socket.socket | None = None
-        self._inodes: list[int] = []
+        self._ends: dict[socket.socket, int] = {}  # channel and deck, and their inodes
         self._was_registered = False
 
     def watch(self, fd: int) -> None:
@@ -119,32 +117,30 @@ class Registration:
             self._withdraw()
             return
         self._poll.unregister(channel)
-        self._offered, self._channel = None, channel
+        self._offered = None
         self._was_registered = True
         self._dispatcher = fds[0]
         self._poll.register(fds[0], select.POLLIN)
-        self._deck = Socket(fileno=fds[1])
-        self._deck.setblocking(True)  # whatever setdefaulttimeout says: a look there never waits
-        self._inodes = self._look_up_ends()
-        self._found(channel, self._deck)
+        deck = Socket(fileno=fds[1])
+        deck.setblocking(True)  # whatever setdefaulttimeout says: a look there never waits
+        self._ends = {end: _inode(end) for end in (channel, deck)}
+        self._found(channel, deck)
 
     def _check_ends(self) -> None:
         """Raises OSError if the app has closed one of them; its number may be another's by now."""
-        if self._dispatcher >= 0 and self._look_up_ends() != self._inodes:
+        if any(_inode(end) != inode for end, inode in self._ends.items()):
             raise OSError("The app has closed a descriptor of this process's channel")
-
-    def _look_up_ends(self) -> list[int]:
-        ends = (self._channel, self._deck)
-        return [os.fstat(end.fileno()).st_ino for end in ends if end is not None]
 
     def _on_death(self) -> None:
         self._poll.unregister(self._dispatcher)
         os.close(self._dispatcher)
         self._dispatcher = -1
-        channel, self._channel = self._channel, None
-        end, self._deck = self._deck, None
-        assert channel is not None and end is not None
+        (channel, deck), self._ends = self._ends, {}
         self._lost(channel)
         with suppress(OSError):  # the other end was faster
             channel.shutdown(socket.SHUT_RDWR)
-        deck.let_go(end)
+        let_go(deck)
+
+
+def _inode(end: socket.socket) -> int:
+    return os.fstat(end.fileno()).st_ino

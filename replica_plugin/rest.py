@@ -25,14 +25,12 @@ PIECE = 1 << 18  # bytes read and offered to the kernel at a time
 PIECES = 16  # in one turn, before others have theirs
 BLOCK = 512  # bytes; what st_blocks counts
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)  # an IntFlag takes a microsecond for each `|`
 
 
 def queued(sock: socket.socket) -> int:
-    """How many bytes lie in the kernel that the client has not taken yet.
-
-    None if a process has made a listener of it.
-    """
+    """How many bytes lie in the kernel that the client has not taken yet; 0 if a process has made a
+    listener of it."""
     count = array.array("i", [0])
     try:
         fcntl.ioctl(sock.fileno(), termios.TIOCOUTQ, count)
@@ -82,7 +80,7 @@ class Rest:
             if not piece:
                 return True
             try:
-                sent = sock.send(piece, _NOW)
+                sent = sock.send(piece, NOW)
             except BlockingIOError:
                 return False
             self.sent += sent

@@ -41,8 +41,8 @@ class Roster:
 
     @property
     def is_ready(self) -> bool:
-        """Whether readyz says 200: all p were ready once, one is usable, no stop has begun."""
-        return self.was_ready and bool(self.usable) and not self.stopping
+        """Whether readyz says 200: all p were ready once, one is usable, no stop begins."""
+        return self.was_ready and bool(self.usable) and not (self.draining or self.stopping)
 
     @property
     def is_healthy(self) -> bool:

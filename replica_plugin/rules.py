@@ -53,7 +53,7 @@ class Wishes:
     or behind it. `supervisor` is the pid of
     the one it has started last. `reopen` counts the requests to reopen the logs. `logging` are
     gunicorn's own settings of that name. `shared` says that others hold our listening sockets, or
-    will; `beside` that one of them is the master which has started this one, and serves;
+    will; `beside` that one of them is another master, after USR2, which may serve;
     `draining` that a stop is about to begin, and nothing new should be sent to us.
     """
 
@@ -82,28 +82,13 @@ class Wishes:
 
 
 def decode_wishes(state: dict[str, Any]) -> Wishes:
-    serving = state["serving"]
-    stop = state["stop"]
-    return Wishes(
-        rules=Rules(**state["rules"]),
-        serving=Serving(
-            **{
-                **serving,
-                "limits": Limits(*serving["limits"]),
-                **{name: tuple(p.encode("latin-1") for p in serving[name]) for name in _PATHS},
-            }
-        ),
-        live=tuple(state["live"]),
-        newest=state["newest"],
-        most_threads=state["most_threads"],
-        graceful_timeout=state["graceful_timeout"],
-        privileges=Privileges(**state["privileges"]),
-        logging=state["logging"],
-        supervisor=state["supervisor"],
-        ready_file=state["ready_file"],
-        shared=state["shared"],
-        beside=state["beside"],
-        draining=state["draining"],
-        stop=Stop(**stop) if stop else None,
-        reopen=state["reopen"],
-    )
+    serving, stop = state["serving"], state["stop"]
+    paths = {name: tuple(p.encode("latin-1") for p in serving[name]) for name in _PATHS}
+    parts = {
+        "rules": Rules(**state["rules"]),
+        "serving": Serving(**{**serving, **paths, "limits": Limits(*serving["limits"])}),
+        "live": tuple(state["live"]),
+        "privileges": Privileges(**state["privileges"]),
+        "stop": Stop(**stop) if stop else None,
+    }
+    return Wishes(**{**state, **parts})

@@ -33,7 +33,7 @@ from .dispatcher import Dispatcher, Frame
 from .heritage import is_dead
 from .journal import Journal
 from .listeners import Listening
-from .pages import LoadPage, MasterPage, ReplicaPage
+from .pages import MasterPage, ReplicaPage
 from .rules import Wishes, decode_wishes
 
 TURN = 1.0  # seconds between two looks at the heartbeat
@@ -52,7 +52,6 @@ class Inheritance:
     control: int
     master_page: int
     replica_page: int
-    load_page: int
     dispatcher_nudge: int
     supervisor_nudge: int
     master_pidfd: int
@@ -61,7 +60,7 @@ class Inheritance:
     def fds(self) -> list[int]:
         """All of them, for the `pass_fds` of the one who starts it."""
         return [
-            *self.listeners, self.control, self.master_page, self.replica_page, self.load_page,
+            *self.listeners, self.control, self.master_page, self.replica_page,
             self.dispatcher_nudge, self.supervisor_nudge, self.master_pidfd,
         ]  # fmt: skip
 
@@ -103,7 +102,6 @@ class Supervisor:
         self._wishes = wishes
         self._journal = journal
         self._replica_page = ReplicaPage(inheritance.replica_page)
-        self._load_page = LoadPage(inheritance.load_page)
         self._listeners = [Listening(fileno=fd) for fd in inheritance.listeners]
         self._control = socket.socket(fileno=inheritance.control)
         self._poll = select.poll()
@@ -113,7 +111,6 @@ class Supervisor:
         self._pidfd = -1
         self._born = 0.0
         self._watched = 0.0
-        self._orphaned = False
 
     def run(self) -> None:
         gc.collect()
@@ -181,7 +178,6 @@ class Supervisor:
             self._control,
             self._page,
             self._replica_page,
-            self._load_page,
             inheritance.dispatcher_nudge,
             inheritance.master_pidfd,
             inheritance.master_pid,
@@ -206,7 +202,7 @@ class Supervisor:
         self._poll.unregister(self._pidfd)
         os.close(self._pidfd)
         if self._replica_page.read().beat != math.inf:
-            if self._orphaned:
+            if is_dead(self._inheritance.master_pidfd):
                 sys.exit(1)
             self._journal.error("The dispatcher (pid %d) died (%s): restarting it", self._pid, code)
             if code > 0 and time.monotonic() - self._born < SHORT_LIFE:
@@ -248,5 +244,4 @@ class Supervisor:
     def _on_master_death(self) -> None:
         """The dispatcher knows too, finishes, and ends; nothing is restarted after that."""
         self._poll.unregister(self._inheritance.master_pidfd)
-        self._orphaned = True
         self._close_listeners()

@@ -33,12 +33,12 @@ class ThreadWorker(ReplicaWorker):
     def _interrupter(self) -> Interrupter:
         return MainInterrupter() if self.cfg.threads == 1 else ThreadInterrupter()
 
-    def _serve(self, slots: list[Slot]) -> None:
-        if len(slots) == 1:
+    def _serve(self) -> None:
+        if len(self._slots) == 1:
             start_thread(self._attend_beside, "replica-attendant")
-            self._run_slot(slots[0])
+            self._run_slot(self._slots[0])
             return
-        for index, slot in enumerate(slots):
+        for index, slot in enumerate(tuple(self._slots)):
             start_thread(partial(self._run_slot, slot), f"replica-slot-{index}")
         self._attend()
 
@@ -67,8 +67,7 @@ class ThreadWorker(ReplicaWorker):
 
     def lost(self, channel: ProcessEnd) -> None:
         with self._change:
-            if self._channel is channel and self.serving:  # else `dismissed` has shut it
-                self._channel = None
+            super().lost(channel)
 
     def _found(self, sock: socket.socket, deck: socket.socket) -> None:
         with self._change:

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from _thread import get_ident as get_ident
     from _thread import start_new_thread as start_new_thread
     from select import poll as poll
     from socket import socket as Socket_
@@ -33,6 +34,7 @@ else:
     Socket = _original(socket, "socket")
     poll = _original(select, "poll")
     sleep = _original(time, "sleep")
+    get_ident = _original(_thread, "get_ident")
     start_new_thread = _original(_thread, "start_new_thread")
 
 

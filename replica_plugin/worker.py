@@ -1,7 +1,7 @@
 """What gunicorn's worker is with us: a process with t slots, and an attendant beside them.
 
-With t > 1 and exempt paths there is one slot more: they are all alike, and the dispatcher sees
-to it that never more than t requests run that are not exempt.
+In thread mode, with t > 1 and exempt paths, there is one slot more: they are all alike, and the
+dispatcher sees to it that never more than t requests run that are not exempt.
 
 The attendant watches over what is not a request: gunicorn's heartbeat, signals, the master,
 the dispatcher (registration.py). Which threads slots and attendant are is the business of
@@ -45,7 +45,6 @@ ORPHAN_TIME = 2.0  # seconds a process that was told to leave waits for a dispat
 ASKED = 0.5  # seconds after TERM in which the master may say that it was for all, and we stay
 TURN = 1.0  # seconds between two heartbeats at most
 LOAD_TIME = 10 * 365 * 86400.0  # seconds for which `timeout` is put off while the app is loaded
-_NOW = int(socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
 
 def _hear_alone() -> None:
@@ -85,6 +84,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._alone_since: float | None = None  # without a dispatcher, and wanting to leave
         self._dismissed_at: float | None = None
         self._owed_told: tuple[ProcessEnd, int] | None = None
+        self._early_usr1 = False  # which came before there was a pipe
 
     @classmethod
     def check_config(cls, cfg: Any, log: Any) -> None:
@@ -103,22 +103,30 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             sys.exit(3)
         self._master = master
         self._replica_page = master.replica_page
-        self._response_buffer = master.settings.response_buffer
-        self._response_buffer_total = master.settings.response_buffer_total
         wants_extra = self.may_have_extra and self.cfg.threads > 1 and master.settings.exempt
         self._extra = int(bool(wants_extra))
-        self._control = master.offer_socket()
+        self._control = master.control_out
         master.in_worker()
         self.sockets: list[Any] = []
         super().init_process()
 
     def init_signals(self) -> None:
         """gunicorn's handlers, and at once ours, before one that heeds nothing yet is called."""
-        signal.pthread_sigmask(signal.SIG_BLOCK, hook.ENDINGS)
+        signal.pthread_sigmask(signal.SIG_BLOCK, hook.HELD)
         super().init_signals()
         os.register_at_fork(after_in_child=_hear_alone)
         self.leave_at_once_when_told()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.ENDINGS)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, hook.HELD)
+        if self._early_usr1:
+            self._wake_attendant(signal.SIGUSR1)
+
+    def hear_early(self) -> None:
+        """In place of the master's handlers, from the fork to `init_signals`."""
+        self.leave_at_once_when_told()
+        signal.signal(signal.SIGUSR1, self._note_usr1)
+
+    def _note_usr1(self, sig: int, frame: Any) -> None:
+        self._early_usr1 = True
 
     def leave_at_once_when_told(self) -> None:
         """Until the app is loaded there is nothing to finish."""
@@ -165,7 +173,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._cells = Cells(count)
         self._cells.await_dump()
         self._watch = Watch(count, self._interrupter(), self._wake_attendant)
-        # Those that have not ended; each takes itself out.
+        # Those that have not ended: each takes itself out.
         self._slots = [Slot(self, i, self._cells, self._watch) for i in range(count)]
         self._nowhere, other = socketpair(socket.SOCK_SEQPACKET)
         other.close()
@@ -175,7 +183,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             after_in_parent=self._let_signals_come,
             after_in_child=self._part_from_parent,
         )
-        self._serve(list(self._slots))
+        self._serve()
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
         for number in (signal.SIGTERM, signal.SIGQUIT, signal.SIGINT, signal.SIGUSR1):
@@ -222,7 +230,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """How the code of its requests is interrupted."""
         raise NotImplementedError
 
-    def _serve(self, slots: list[Slot]) -> None:
+    def _serve(self) -> None:
         """Run the slots, and the attendant beside them, until all slots have ended."""
         raise NotImplementedError
 
@@ -249,8 +257,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         raise NotImplementedError
 
     def lost(self, channel: ProcessEnd) -> None:
-        """This channel has come to an end; its dispatcher is dead."""
-        raise NotImplementedError
+        """This channel has ended: its dispatcher is dead, unless `dismissed` has shut it."""
+        if self._channel is channel and self.serving:
+            self._channel = None
 
     def dismissed(self, channel: ProcessEnd) -> None:
         """A slot was told LEAVE: nothing lies behind it on the channel, all slots may end."""
@@ -277,8 +286,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         Of all together the dispatcher's page tells; so they may exceed response_buffer_total by
         what slots leave at one and the same moment, p*t times response_buffer at most.
         """
-        unsent = self._replica_page.read().unsent
-        return min(self._response_buffer, max(0, self._response_buffer_total - unsent))
+        settings, unsent = self._master.settings, self._replica_page.read().unsent
+        return min(settings.response_buffer, max(0, settings.response_buffer_total - unsent))
 
     def count_request(self) -> None:
         """A slot is about to call the app; after max_requests the process asks to leave."""
@@ -390,7 +399,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         kind = Kind.OVERDUE if run.was_answered else Kind.UNFINISHED
         stack = run.tale.encode("utf-8", "replace")
         try:
-            channel.sock.send(Report(kind, run.request, carry=stack).encode(), _NOW)
+            channel.tell_now(Report(kind, run.request, carry=stack).encode())
         except OSError:  # no room, or a dispatcher that died: again in the next turn
             return False
         return True
@@ -429,7 +438,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         owed = sum(slot.free_on is not channel for slot in tuple(self._slots))
         if (channel, owed) != self._owed_told:
             with suppress(OSError):  # no room, or a dispatcher that died: again in the next turn
-                channel.sock.send(Report(Kind.OWED, owed).encode(), _NOW)
+                channel.tell_now(Report(Kind.OWED, owed).encode())
                 self._owed_told = channel, owed
 
     def _until_leave(self) -> float:
@@ -453,7 +462,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._alone_since = None
         if channel is not self._told and not self._until_leave():
             with suppress(OSError):  # no room, or a dispatcher that died: again in the next turn
-                channel.sock.send(LEAVING, _NOW)
+                channel.tell_now(LEAVING)
                 self._told = channel
 
     def _end_if_alone(self, now: float) -> None:

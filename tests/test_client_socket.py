@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -50,6 +52,27 @@ def test_that_a_response_is_complete_is_said_once_and_before_its_last_byte():
         sock.finish()
         assert theirs.recv(100) == b"head:body"
     assert said == [True]
+
+
+ANSWERS_A_CLIENT_THAT_LEFT = """\
+import signal, socket
+from replica_plugin.client_socket import ClientSocket
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+theirs, ours = socket.socketpair()
+theirs.close()
+sock = ClientSocket(ours.family, ours.type, ours.detach(), lambda: True, lambda: None, lambda: 0)
+sock.sendall(b"head:")
+try:
+    sock.sendall(b"body")
+except BrokenPipeError:
+    print("goes on")
+"""
+
+
+def test_a_client_that_left_does_not_end_a_process_whose_app_has_sigpipe_as_other_programs_do():
+    command = [sys.executable, "-c", ANSWERS_A_CLIENT_THAT_LEFT]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert (run.returncode, run.stdout) == (0, "goes on\n")
 
 
 def test_nothing_follows_a_write_that_was_interrupted():

@@ -24,7 +24,7 @@ from replica_plugin.decisions import Rules
 from replica_plugin.deck import take
 from replica_plugin.dispatcher import MOMENT, Dispatcher, Frame
 from replica_plugin.journal import Journal
-from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.rules import Privileges, Serving, Stop, Wishes
 
 LOGGING = {"loglevel": "error"}
@@ -45,7 +45,7 @@ class Replica:
             graceful_timeout=30.0, privileges=Privileges(os.getuid(), os.getgid(), False),
             logging=LOGGING,
         )  # fmt: skip
-        pages = MasterPage(), self.page, LoadPage()
+        pages = MasterPage(), self.page
         frame = Frame((self.listener,), control, *pages, nudge, master, os.getppid())
         self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
         self.process, theirs = channel.pair()
@@ -135,17 +135,18 @@ def test_a_master_that_stops_leaves_a_shared_backlog_to_the_other_if_it_cannot_s
 
 
 @pytest.mark.parametrize(
-    ("beside", "was_ready", "listens"),
-    [(False, False, True), (True, False, False), (True, True, True)],
+    ("beside", "left", "listens"),
+    [(False, [], True), (True, [], False), (True, [(1, 1, 1)], True)],
 )
 def test_a_dispatcher_beside_another_master_listens_once_its_own_processes_can_serve(
-    replica, beside, was_ready, listens
+    replica, monkeypatch, beside, left, listens
 ):
-    """Those of a dispatcher that has just been born may all be busy."""
+    """Those that one has left to a dispatcher that has just been born may all be busy."""
     dispatcher = replica.dispatcher
     roster, listeners = dispatcher._decisions.roster, dispatcher._clients.listeners
     listeners.accept_if(False)
-    roster.was_ready, roster.usable = was_ready, []
+    roster.usable = []
+    monkeypatch.setattr(dispatcher._heritage, "rows", lambda: left)
     dispatcher._wishes = replace(dispatcher._wishes, beside=beside)
     dispatcher._listen_if_served()
     assert listeners.wanted == listens

@@ -49,7 +49,7 @@ from replica_plugin.connection import Connection, State
 from replica_plugin.decisions import Rules
 from replica_plugin.deck import take
 from replica_plugin.dispatcher import Dispatcher, Frame
-from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.processes import Link
 from replica_plugin.rest import Rest
 from replica_plugin.rules import Privileges, Serving, Wishes
@@ -80,7 +80,7 @@ class Replica:
         self.control, self.writing = control_pair()
         self._nudge = os.eventfd(0, os.EFD_NONBLOCK)
         self._master = os.pidfd_open(os.getpid())
-        self._pages = MasterPage(), ReplicaPage(), LoadPage()
+        self._pages = MasterPage(), ReplicaPage()
         self._pages[0].write(WISHES.encode())
         frame = Frame((), self.control, *self._pages, self._nudge, self._master, os.getpid())
         self.dispatcher = Dispatcher(frame, WISHES, Quiet())
@@ -232,7 +232,7 @@ def reports(draw: st.DrawFn) -> Message:
     """A message about some of the requests that are known."""
     request, took = draw(st.integers(0, CLIENTS)), draw(st.none() | st.integers(0, CLIENTS))
     kind = draw(st.just(Kind.DONE) | st.just(Kind.REST) | st.integers(0, Kind.OWED + 1))
-    end = draw(st.integers(0, 5)) | draw(st.sampled_from([0, 0x80]))
+    end = draw(st.integers(0, 5))
     ahead, carry = draw(BYTES), draw(BYTES | JSON.map(lambda value: json.dumps(value).encode()))
     size = draw(st.just(len(ahead)) | st.integers(0, 2**32 - 1))
     return lambda known: (
@@ -291,7 +291,7 @@ def killed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def first(known: list[int]) -> bytes:
-    return report(Kind.REST, 0x80, known[0])
+    return report(Kind.REST, End.KEEP, known[0])
 
 
 @settings(deadline=None)
@@ -359,7 +359,7 @@ def test_a_rest_is_sent_once_and_its_request_runs_until_it_is_done(child):
         replica.requests(),
     )
     for _ in range(2):
-        replica.say(replica.says, report(Kind.REST, 0x80, request), [rest()])
+        replica.say(replica.says, report(Kind.REST, End.KEEP, request), [rest()])
         assert decisions.runs(1, request)
     assert client.recv(2000) == b"r" * 1000
     client.send(REQUEST)
@@ -381,7 +381,7 @@ def test_an_offer_beyond_what_a_process_can_have_is_none(odd):
 def test_a_descriptor_comes_with_rest_only_and_a_rest_without_one_ends_the_connection():
     fd = rest()
     with pytest.raises(ValueError, match="a descriptor too many"):
-        decode_report(report(Kind.DONE, 0x80, 1), [fd])
+        decode_report(report(Kind.DONE, End.KEEP, 1), [fd])
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(fd)
-    assert decode_report(report(Kind.REST, 0x80, 1), []).end == End.ABORT
+    assert decode_report(report(Kind.REST, End.KEEP, 1), []).end == End.ABORT

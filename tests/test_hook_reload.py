@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import signal
+import socket
 
 import pytest
 from server import OURS, wait_for
-from test_hook_start import APP, IMPORT, messages
+from test_hook_start import APP, IMPORT, REASONS, has, messages
 
 FORMS = {
     "module": (OURS, {}),
@@ -130,13 +131,14 @@ def test_a_broken_yaml_is_told_at_hup_and_the_old_settings_hold_until_it_is_mend
     server.wait_numbers(processes=3, slots=3)
 
 
-def test_a_bound_below_the_command_lines_slots_is_told_at_hup_and_does_not_stop_us(start):
+def test_a_bound_below_the_command_lines_slots_is_told_at_hup_and_left_alone(start):
     server = start("-w", "2", "--threads", "2", config={})
     reload(server, {"max_replica_concurrency": 3})
     assert messages(server.log, "ERROR") == [
         "Not possible with a replica, and left alone: max_replica_concurrency (3) is less than "
         "workers x threads (2 x 2 = 4). Raise it, or lower workers or threads."
     ]
+    server.wait_numbers(bound=1024)
     assert server.get("/").status == 200
 
 
@@ -182,17 +184,43 @@ def test_a_gunicorn_that_is_given_our_line_at_hup_serves_on_and_says_that_it_nee
     )
 
 
-def test_what_cannot_hold_is_told_at_hup_and_left_alone(start):
-    server = start(base=(), files={"gunicorn.conf.py": IMPORT})
-    (server.folder / "gunicorn.conf.py").write_text(IMPORT + "reuse_port = True\n")
+REFUSED = {
+    "reuse_port": "reuse_port = True\n",
+    "certfile": "certfile = keyfile = 'key.pem'\n",
+    "http2": "http2_cleartext = 'prior-knowledge'\n",
+    "protocol": "protocol = 'uwsgi'\n",
+    "bound": "workers, threads = 33, 32\n",
+    "threads": "threads = 0\n",
+}
+LEFT_ALONE = "Not possible with a replica, and left alone: "
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if has(name)])
+def test_what_cannot_hold_is_told_at_hup_and_left_alone(start, name):
+    """A port that is fixed, for a socket of a process's own on port 0 is on another one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        bind = (f"127.0.0.1:{free.getsockname()[1]}", "unix:sock")
+    files = {"gunicorn.conf.py": IMPORT, "key.pem": ""}
+    server = start(base=(), bind=bind, files=files, config={"processes_per_replica": 2})
+    (server.folder / "gunicorn.conf.py").write_text(IMPORT + REFUSED[name])
     old = server.workers
     reload(server)
-    assert messages(server.log, "ERROR") == [
-        "Not possible with a replica, and left alone: reuse_port: one dispatcher accepts for all "
-        "workers, so a socket for each of them would not be served. Leave --reuse-port out."
-    ]
-    wait_for(lambda: old != server.workers and len(server.workers) == 1, "new workers")
-    assert server.get("/").status == 200
+    assert messages(server.log, "ERROR") == [LEFT_ALONE + REASONS[name]]
+    wait_for(lambda: not set(old) & set(server.workers), "new workers")
+    server.wait_numbers(processes=2, slots=2, bound=1024)
+    assert [server.get("/hello", which).status for which in (0, 1)] == [200, 200]
+    assert "[ERROR]" not in server.log.partition(LEFT_ALONE)[2]
+
+
+def test_what_was_before_is_left_alone_only_with_what_it_goes_with(start):
+    text = IMPORT + "threads = {}\n"
+    server = start(base=(), files={"gunicorn.conf.py": text.format(4)}, config={})
+    (server.folder / "gunicorn.conf.py").write_text(text.format(0))
+    reload(server, {"max_replica_concurrency": 3})
+    bound = REASONS["bound"].replace("1024", "3").replace("33 x 32 = 1056", "1 x 4 = 4")
+    assert messages(server.log, "ERROR") == [f"{LEFT_ALONE}{REASONS['threads']}; {bound}"]
+    server.wait_numbers(slots=4, bound=1024)
+    assert server.get("/hello").status == 200
 
 
 def test_new_code_of_the_app_is_picked_up_by_new_processes(start):
@@ -252,15 +280,3 @@ def test_ttin_and_ttou_change_the_number_of_processes(start, signals):
     server.wait_numbers(processes=wanted, slots=wanted)
     wait_for(lambda: len(server.workers) == wanted, "as many workers")
     assert server.get("/").status == 200
-
-
-def test_a_hup_that_leaves_no_thread_keeps_those_that_are(start):
-    text = "from replica_plugin.conf import *\nthreads = {}\n"
-    server = start(base=(), files={"gunicorn.conf.py": text.format(2)})
-    (server.folder / "gunicorn.conf.py").write_text(text.format(0))
-    before = set(server.workers)
-    server.tell(signal.SIGHUP)
-    server.wait_log("threads is 0, which is no slot; it stays 2")
-    wait_for(lambda: not before & set(server.workers), "another process")
-    server.wait_numbers(slots=2)
-    assert server.get("/hello").status == 200

@@ -321,6 +321,39 @@ def test_usr1_and_hup_reopen_the_logs_of_all_processes_after_they_were_moved_awa
     wait_for(lambda: lines(error, "died (-9): restarting it"), "the supervisor's line")
 
 
+HOLDING = """
+import os, time
+def post_fork(server, worker):
+    while os.path.exists("held"):
+        open("born", "w").close()
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("kind", ["thread", "gevent"])
+def test_usr1_reopens_the_logs_of_a_process_that_has_only_just_been_forked(start, kind):
+    if kind == "gevent":
+        pytest.importorskip("gevent")
+    server = start(
+        "--access-logfile", "access", "--error-logfile", "error", base=(), bind=("unix:here",),
+        listening_in="error", files={"gunicorn.conf.py": IMPORT + HOLDING}, config={"mode": kind},
+    )  # fmt: skip
+    (before,) = server.workers
+    held = server.folder / "held"
+    held.touch()
+    server.tell(signal.SIGKILL, before)
+    wait_for((server.folder / "born").exists, "another process")
+    for name in ("access", "error"):
+        (server.folder / name).rename(server.folder / f"{name}.1")
+    server.tell(signal.SIGUSR1)
+    wait_for(lambda: files_of(server.dispatcher) == {"access", "error"}, "all have been told")
+    (worker,) = server.workers
+    assert files_of(worker) == {"access.1", "error.1"}
+    held.unlink()
+    wait_for(lambda: files_of(worker) == {"access", "error"}, "reopened")
+    assert server.workers == [worker]
+
+
 TEE = """
 import sys
 from served_app import application

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from contextlib import suppress
 
 import pytest
 from server import OURS, STOCK, Pending, is_supervisor, wait_for
@@ -126,18 +127,19 @@ def test_a_new_master_that_cannot_be_started_leaves_the_old_one_as_it_was(start)
     assert [server.supervisor, server.dispatcher, *server.workers] == family
 
 
-def start_daemon(start):
+def start_daemon(start, **options):
     """The server, and the pid of its master: gunicorn heeds WINCH only as a daemon."""
-    options = ("--daemon", "--pid", "pid", "--error-logfile", "error")
+    arguments = ("--daemon", "--pid", "pid", "--error-logfile", "error")
     config = {"processes_per_replica": 1, "threads_per_process": 1}
     server = start(
-        *options, bind=("unix:here",), listening_in="error", ready=False, config=config,
-        command=COMMAND,
+        *arguments, bind=("unix:here",), listening_in="error", ready=False, config=config,
+        command=COMMAND, **options,
     )  # fmt: skip
     return server, int(wait_for(lambda: _text(server.folder / "pid").strip(), "the pidfile"))
 
 
-def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, stage):
+@pytest.mark.parametrize("back", [signal.SIGHUP, signal.SIGTTIN], ids=["hup", "ttin"])
+def test_winch_finishes_what_has_come_and_processes_come_back(start, stage, back):
     """The way back from an upgrade."""
     server, master = start_daemon(start)
     try:
@@ -154,7 +156,7 @@ def test_winch_finishes_what_has_come_and_hup_brings_the_processes_back(start, s
         assert [reply.status for reply in replies] == [200, 200]
         wait_for(lambda: not _workers(server, master), "the end of the process")
         late = server.connect().ask("/hello")  # left to another master, if there is one
-        server.tell(signal.SIGHUP, master)
+        server.tell(back, master)
         assert late.reply().status == 200
     finally:
         server.tell(signal.SIGTERM, master)
@@ -176,6 +178,81 @@ def test_what_waits_in_a_pause_is_refused_when_the_last_process_has_died(start, 
     finally:
         server.tell(signal.SIGTERM, master)
     start.wait_nothing_left()
+
+
+HELD = """
+import os, time
+while os.path.exists("held" + os.environ.get("GUNICORN_PID", "")):
+    time.sleep(0.01)
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "1")])
+    return [b"2" if "GUNICORN_PID" in os.environ else b"1"]
+"""
+"""Its app is loaded when `held` is gone, or for the new master `held` with the old one's pid."""
+
+
+@pytest.fixture
+def upgraded(start):
+    """Upgrade a server, to one that does not load if it is `held`: it, and the masters' pids."""
+    server, old = start_daemon(start, files={"app.py": HELD}, app="app:app")
+    masters = [old]
+
+    def upgrade(held=False):
+        assert server.get("/").body == b"1"
+        if held:
+            (server.folder / f"held{old}").touch()
+        server.tell(signal.SIGUSR2, old)
+        masters.append(int(wait_for(lambda: _text(server.folder / "pid.2"), "its pidfile")))
+        wait_for(lambda: _workers(server, masters[1]), "the new master's worker")
+        return server, *masters
+
+    yield upgrade
+    for master in masters:
+        with suppress(ProcessLookupError):
+            server.tell(signal.SIGTERM, master)
+    start.wait_nothing_left()
+
+
+def pause_and_return(server, old, new):
+    """Until its process is gone, and then another is there, which may still load."""
+    server.tell(signal.SIGWINCH, old)
+    wait_for(lambda: _workers(server, old) == [new], "the end of its process")
+    late = server.connect().ask("/")
+    server.tell(signal.SIGHUP, old)
+    wait_for(lambda: len(_workers(server, old)) == 2, "another process")
+    return late
+
+
+def dispatcher_of(server, master):
+    (supervisor,) = (pid for pid in server.children(master) if is_supervisor(pid))
+    return wait_for(lambda: server.children(supervisor), "its dispatcher")[0]
+
+
+def test_on_the_way_back_connections_are_the_new_masters_until_the_old_one_can_serve(upgraded):
+    server, old, new = upgraded()
+    wait_for(lambda: server.get("/").body == b"2", "the new one serves")
+    (server.folder / "held").touch()
+    assert pause_and_return(server, old, new).reply().body == b"2"
+    assert {server.get("/").body for _ in range(50)} == {b"2"}
+    first = dispatcher_of(server, old)
+    server.tell(signal.SIGKILL, first)
+    wait_for(lambda: dispatcher_of(server, old) != first, "another dispatcher")
+    assert {server.get("/").body for _ in range(50)} == {b"2"}
+    # And the other way round: the one that serves stays so.
+    first = dispatcher_of(server, new)
+    server.tell(signal.SIGKILL, first)
+    wait_for(lambda: dispatcher_of(server, new) != first, "another dispatcher")
+    assert {server.get("/").body for _ in range(50)} == {b"2"}
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: new not in server.children(old), "its end")
+    assert server.get("/-/readyz").status == 503
+    late = server.connect().ask("/")
+    (server.folder / "held").unlink()
+    assert late.reply().body == b"1"
+
+
+def test_a_new_master_that_never_serves_does_not_keep_the_old_one_from_it(upgraded):
+    assert pause_and_return(*upgraded(held=True)).reply().body == b"1"
 
 
 PAUSE = 0.01  # leaves the processors to those who boot

@@ -15,7 +15,7 @@ from replica_plugin import supervisor
 from replica_plugin.channel import control_pair
 from replica_plugin.heritage import is_dead
 from replica_plugin.journal import Journal
-from replica_plugin.pages import LoadPage, MasterPage, ReplicaPage
+from replica_plugin.pages import MasterPage, ReplicaPage
 from replica_plugin.rules import Privileges
 
 
@@ -34,10 +34,10 @@ def one(monkeypatch):
     monkeypatch.setattr(supervisor, "PAUSE", 0)
     monkeypatch.setattr(supervisor.util, "_setproctitle", lambda title: None)
     control, other = control_pair()
-    page, replica_page, load_page = MasterPage(), ReplicaPage(), LoadPage()
+    page, replica_page = MasterPage(), ReplicaPage()
     fds = [os.eventfd(0), os.eventfd(0), os.pidfd_open(os.getppid())]
     inheritance = supervisor.Inheritance(
-        [], control.detach(), page.fd, replica_page.fd, load_page.fd, *fds, os.getppid()
+        [], control.detach(), page.fd, replica_page.fd, *fds, os.getppid()
     )
     one = supervisor.Supervisor(inheritance, page, SimpleNamespace(stop=None), Said())
     monkeypatch.setattr(one, "_become_dispatcher", lambda: claim_and_stay(one))
@@ -46,7 +46,7 @@ def one(monkeypatch):
     os.waitpid(one._pid, 0)
     one._control.close()
     other.close()
-    for fd in (*fds, one._pidfd, page.fd, replica_page.fd, load_page.fd):
+    for fd in (*fds, one._pidfd, page.fd, replica_page.fd):
         os.close(fd)
 
 

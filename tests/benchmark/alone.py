@@ -93,7 +93,7 @@ def dispatcher(keep: bool = True) -> Callable[[int], None]:
         privileges=Privileges(os.getuid(), os.getgid(), False),
     )  # fmt: skip
     page.write(wishes.encode())
-    kept = (page, pages.ReplicaPage(), pages.LoadPage())
+    kept = (page, pages.ReplicaPage())
     frame = Frame((listener,), control, *kept, nudge, os.pidfd_open(os.getppid()), os.getppid())
     one = Dispatcher(frame, wishes, Journal(QUIET))
     ours, theirs = channel.pair()
