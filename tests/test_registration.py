@@ -241,7 +241,7 @@ def test_a_process_that_serves_no_more_tells_how_many_slots_have_neither_ended_n
     """Of a new dispatcher's point of view: they may be busy with requests of the one before."""
     process: Any = object.__new__(worker.ReplicaWorker)
     ours, theirs = pair()
-    before, channel = ProcessEnd(*pair()), ProcessEnd(ours, ours)
+    before, channel = object(), ProcessEnd(ours, ours)
     ended, waiting, *busy = (SimpleNamespace(free_on=before) for _ in range(4))
     process.__dict__.update(
         _channel=None, _owed_told=None, _slots=[ended, waiting, *busy],
@@ -268,6 +268,8 @@ def test_a_process_that_serves_no_more_tells_how_many_slots_have_neither_ended_n
     process._slots.remove(busy[0])
     assert told() == [Kind.OWED, 1]
     assert told() == []
+    ours.close()
+    theirs.close()
 
 
 class Stubborn:
