@@ -109,7 +109,7 @@ def shortages(cfg: Config, loaded: Loaded) -> list[str]:
         return []
     slots = cfg.threads + bool(loaded.settings.exempt)
     bound = loaded.settings.max_replica_concurrency
-    return machine.shortages(machine.read(), bound, slots, cfg.backlog)
+    return machine.shortages(machine.read(), bound, cfg.workers, slots, cfg.backlog)
 
 
 def _first_comes_timeout(timeout: int, limit: float, loaded: Loaded) -> str:

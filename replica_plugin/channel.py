@@ -12,8 +12,8 @@ A channel is a SEQPACKET pair between one process and one dispatcher:
 
     dispatcher -> process   WELCOME (with the dispatcher's pidfd and an end of
                             its deck), JOB (with a client), LEAVE
-    process -> dispatcher   FREE, REST, DONE, LEAVING, OVERDUE, UNFINISHED; in gevent mode
-                            TURNING, STALLED, RETURNED
+    process -> dispatcher   FREE, REST, DONE, RETURNED, LEAVING, OWED, OVERDUE, UNFINISHED; in
+                            gevent mode TURNING, STALLED
 
 Messages of processes are fixed structures or JSON, so that a process, which runs user code,
 cannot make the dispatcher build objects; jobs use marshal, which is as fast as it gets
@@ -68,7 +68,7 @@ class End:
     CLOSE = 1  # the client expects the end, and everything it sent was read
     LINGER = 2  # the client may still be sending: half-close, drain, close
     ABORT = 3  # nothing more can be said to this client
-    UNTAKEN = 4  # nothing was said: no descriptor was left for it, or a stop had forbidden that
+    UNTAKEN = 4  # nothing was said: no descriptor was left (RETURNED), or a stop forbade it (DONE)
 
 
 class Kind:
@@ -79,10 +79,11 @@ class Kind:
     LEAVING = 2
     TURNING = 3  # its hub turns again
     STALLED = 4  # its hub does not turn, and why: for the log
-    RETURNED = 5  # a job that no slot has taken, since the hub does not turn
+    RETURNED = 5  # a job that no slot has taken, since the hub does not turn; or UNTAKEN
     OVERDUE = 6  # a request has reached request_timeout, and was answered so
     UNFINISHED = 7  # it has, and its response had begun
     REST = 8  # a connection, and what its client has not taken yet; DONE is still to come
+    OWED = 9  # how many slots may be busy yet with requests of a dispatcher before
 
 
 class Job(NamedTuple):
@@ -112,8 +113,8 @@ class Report(NamedTuple):
     """What a process says.
 
     DONE has all of it but the `rest`, which REST has, and not `took`; behind a REST only the slot
-    comes back with DONE. RETURNED has the `request`, STALLED that and, as `carry`, a Stall, OVERDUE
-    and UNFINISHED a stack.
+    comes back with DONE. RETURNED has the `request` and the `end`, STALLED the request and, as
+    `carry`, a Stall, OVERDUE and UNFINISHED a stack. OWED has in place of the `request` how many.
 
     `rest` is what the client has not taken yet; its descriptor travels beside the message. `took`
     is the request that the slot has taken off the deck, and begins; 0 if it waits to be sent one.
@@ -147,7 +148,7 @@ def decode_report(data: bytes, fds: list[int]) -> Report:
         if kind == Kind.REST and not fds:
             end = End.ABORT
         split = _REPORT.size + ahead
-        if kind > Kind.REST or end > End.UNTAKEN or split > len(data):
+        if kind > Kind.OWED or end > End.UNTAKEN or split > len(data):
             raise ValueError("unknown, or cut short")
         if took and kind != Kind.DONE:
             raise ValueError("a slot takes a request when it ends one")
@@ -168,14 +169,16 @@ WELCOME = b"W"
 
 @dataclass(frozen=True)
 class Register:
-    """A process's offer; `again` if it had a dispatcher before, so that its slots may be busy.
+    """A process's offer.
 
-    `extra` slots, one at most, stand beside the `slots`, for an exempt request.
+    `owed` slots may be busy with requests of a dispatcher before; each has ended what it was busy
+    with when it says FREE, or ends (OWED). `extra` slots, one at most, stand beside the `slots`,
+    for an exempt request.
     """
 
     age: int
     slots: int
-    again: bool
+    owed: int
     leaving: bool
     extra: int = 0
     version: int = VERSION
@@ -398,11 +401,12 @@ def _decode_control(data: bytes, fds: int) -> Register | Adopt | None:
 
 
 def _decode_register(fields: dict[str, Any]) -> Register:
-    age, slots, extra = (int(fields[name]) for name in ("age", "slots", "extra"))
+    age, slots, owed, extra = (int(fields[name]) for name in ("age", "slots", "owed", "extra"))
     if slots < 1 or extra not in (0, 1) or not 0 <= age < 1 << 31:
         raise ValueError("a process without slots, or with too many, or of no age")
-    again, leaving = bool(fields["again"]), bool(fields["leaving"])
-    return Register(age, slots, again, leaving, extra, fields["version"])
+    if not 0 <= owed <= slots + extra:
+        raise ValueError("more busy slots than it has")
+    return Register(age, slots, owed, bool(fields["leaving"]), extra, fields["version"])
 
 
 def _decode_adopt(fields: dict[str, Any]) -> Adopt:

@@ -8,7 +8,8 @@ named by their age, as gunicorn counts them.
 Invariants, after every event:
 
 1. `running` is the sum over all known processes of what they run: requests sent and not
-   reported done, plus `owed` slots (busy with a request of a dispatcher that died).
+   reported done, plus `owed` slots (busy with a request of a dispatcher that died, as far as
+   anybody knows: of those that end, and give no credit, `owes` tells).
 2. A request is sent only against a credit (`free`) of its process, and only while
    `running < processes * threads`. `_start` is the one place that takes a credit; but that a slot
    which ends a request may take the next one off the deck, and reports both at once (`done`).
@@ -185,7 +186,7 @@ class Decisions:
     # Events from processes.
 
     def expected(self, age: int, slots: int) -> None:
-        """A process of the dispatcher before us has not registered again: all it has is busy."""
+        """A process of the dispatcher before us has not registered again: so many may be busy."""
         self._forget(age)
         self._remember(Process(age, slots, owed=slots, registered=False))
 
@@ -202,10 +203,16 @@ class Decisions:
             return []
         process.free += 1
         if process.owed:
-            before = process.running
-            process.owed -= 1
-            self.running += process.running - before
+            self._owe(process, process.owed - 1)
         self.roster.see_whether_ready()
+        return self._start(now)
+
+    def owes(self, age: int, slots: int, now: float) -> list[Action]:
+        """No more slots than that are `owed`: others have ended, and will give no credit."""
+        process = self.processes.get(age)
+        if process is None or process.owed <= slots:
+            return []
+        self._owe(process, slots)
         return self._start(now)
 
     def done(self, age: int, request: int, now: float, took: int = 0) -> list[Action] | None:
@@ -444,6 +451,11 @@ class Decisions:
         if not process.extra:
             self.running += change
             self._exempt_within += change
+
+    def _owe(self, process: Process, slots: int) -> None:
+        before = process.running
+        process.owed = slots
+        self.running += process.running - before
 
     def _put_back(self, requests: list[tuple[int, Wait]]) -> None:
         self.clear_deck()

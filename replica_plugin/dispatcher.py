@@ -46,6 +46,7 @@ from .rules import Stop, Wishes, decode_wishes
 from .stopping import Stopping
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
+SHORT = 1.0  # seconds a process that is out of descriptors is sent nothing, if others are not
 MOMENT = 0.005  # seconds after an event at which the clock is looked at, at the latest
 
 
@@ -240,10 +241,9 @@ class Dispatcher:
 
     # What the processes' side tells (processes.Office).
 
-    def on_registered(self, link: Link, again: bool, leaving: bool) -> None:
+    def on_registered(self, link: Link, owed: int, leaving: bool) -> None:
         now = time.monotonic()
         self._heritage.back(link.age)
-        owed = link.slots + link.extra if again else 0
         self.perform(self._decisions.registered(link.age, link.slots, owed, link.extra), now)
         if leaving:
             self.perform(self._decisions.leaving(link.age), now)
@@ -261,11 +261,14 @@ class Dispatcher:
         elif report.kind == Kind.LEAVING:
             self.perform(self._decisions.leaving(link.age), now)
         elif report.kind == Kind.RETURNED:
-            self._on_returned(link, report.request, now)
+            self._on_returned(link, report, now)
         elif report.kind == Kind.STALLED:
             self._on_explained(link, report)
         elif report.kind == Kind.TURNING:
             self._processes.watch(now)
+        elif report.kind == Kind.OWED:
+            self.perform(self._decisions.owes(link.age, report.request, now), now)
+            self._write_table()
         else:
             self._on_overdue(link, report, now)
 
@@ -279,6 +282,8 @@ class Dispatcher:
             self.perform(actions, now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
+        if link.dismissed:
+            self._write_table()
 
     def _on_rest(self, link: Link, report: Report, now: float) -> None:
         """A response is complete, and what its slot still does is not its client's concern."""
@@ -320,13 +325,29 @@ class Dispatcher:
         for request in filter(self._decisions.waits, requests):
             self._clients.take_back(self.requests[request])
 
-    def _on_returned(self, link: Link, request: int, now: float) -> None:
+    def _on_returned(self, link: Link, report: Report, now: float) -> None:
+        """No slot has begun it. For one that is UNTAKEN its process has no descriptor: it goes to
+        another one, and for a moment nothing goes to this one, which would always be least busy.
+        """
+        request, untaken = report.request, report.end == End.UNTAKEN
         conn = self.requests.get(request)
+        if untaken:
+            self._journal.untaken(link.pid, now)
         if conn is not None and conn.hung_up:  # nobody waits for it
             self._on_done(link, Report(Kind.DONE, request, End.ABORT), now)
+        elif untaken and (conn is None or not self._another_may_have(link)):
+            self._on_done(link, report, now)
         elif conn is not None and self._decisions.runs(link.age, request):
-            self.perform(self._decisions.returned(link.age, request, now), now)
+            if untaken:
+                link.short_until = now + SHORT
+            undo = self._decisions.unsent if untaken else self._decisions.returned
+            self.perform(undo(link.age, request, now), now)
             self._take_back([request])
+
+    def _another_may_have(self, link: Link) -> bool:
+        """Whether what this process could not take, one might that has not just said the same."""
+        others = (p for p in self._decisions.roster.usable if p.age != link.age)
+        return self._stopping.stop is None and any(not (p.blocked or p.stalled) for p in others)
 
     def _on_explained(self, link: Link, report: Report) -> None:
         stall = decode_stall(report.carry)
@@ -492,6 +513,7 @@ class Dispatcher:
                 self._processes.links[age].pid,
             )
         self._processes.dismiss(age)
+        self._write_table()
 
     def _kill(self, age: int) -> None:
         """The process cannot be asked, or has not found an end."""
@@ -525,6 +547,7 @@ class Dispatcher:
             self._journal.setup(wishes.logging)
         self._wishes = wishes
         self._clients.serve(wishes.serving)
+        self._clients.listeners.leave_room(wishes.rules.processes)
         pausing = not wishes.rules.processes
         rules = self._decisions.rules if pausing else wishes.rules
         self._decisions.roster.draining = wishes.draining
@@ -561,5 +584,13 @@ class Dispatcher:
             self._stopping.begin(stop, self._wishes, now)
 
     def _write_table(self) -> None:
-        rows = [(link.age, link.slots, link.pid) for link in self._processes.links.values()]
+        links = self._processes.links.values()
+        rows = [(link.age, self._most_busy(link), link.pid) for link in links]
         self._frame.replica_page.write_table(rows + self._heritage.rows())
+
+    def _most_busy(self, link: Link) -> int:
+        """How many of its slots may be busy when we have died. One that is dismissed begins nothing
+        more; and if all it has left to do is to end, it never registers again."""
+        if not link.dismissed:
+            return link.slots
+        return min(link.slots, self._decisions.processes[link.age].running)

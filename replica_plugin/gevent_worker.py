@@ -121,9 +121,9 @@ class GeventWorker(ReplicaWorker):
                     return
         except BaseException:  # a timeout that a request has left behind, say
             self._on_slot_failed()
-        self._working -= 1
+        self._slots.remove(slot)
         self._wake_attendant()
-        if not self._working:
+        if not self._slots:
             self._ended.set()
 
     def await_channel(self) -> ProcessEnd | None:

@@ -1,9 +1,9 @@
 """What a dispatcher inherits: processes of its predecessor that have not come back yet.
 
 Their slots may be busy with requests that nobody has counted. Until such a process
-registers again, or dies, everything it has counts as busy, so that the cap holds. Death is
-a pidfd here, too; and since pids come back, only a living child of the master is believed, and who
-is hidden from us.
+registers again, or dies, everything it has counts as busy, so that the cap holds; or as much as it
+was running, if it was dismissed. Death is a pidfd here, too; and since pids come back, only a
+living child of the master is believed, and who is hidden from us.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import select
 from .pages import ReplicaPage
 
 Row = tuple[int, int, int]
-"""Age, slots and pid of a process."""
+"""A process: its age, how many of its slots may be busy, its pid."""
 
 
 class Heritage:

@@ -109,6 +109,12 @@ class Journal:
         """There was no descriptor left for what a slot has left of a response."""
         self._warn("Out of descriptors: a response was cut short (see ulimit -Hn)", now)
 
+    def untaken(self, pid: int, now: float) -> None:
+        """A process had no descriptor left for a client."""
+        self._warn(
+            f"Out of descriptors: process {pid} could not take a request (see ulimit -n)", now
+        )
+
     def undeliverable(self, error: OSError, now: float) -> None:
         """The kernel takes no message to a process for now, though it has room for it."""
         self._warn(

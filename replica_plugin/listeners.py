@@ -79,14 +79,18 @@ class Listeners:
         self.is_short = False  # of what a connection needs, when that was looked at last
         self.wanted = True  # connections, now
         self._epoll = epoll
-        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        self._most = limit - spare(limit) if limit >= 0 else math.inf
+        self.leave_room(1)
         self._listeners = {each.sock.fileno(): each for each in listeners}
         for fd in self._listeners:
             epoll.register(fd, select.EPOLLIN)
 
     def __contains__(self, fd: int) -> bool:
         return fd in self._listeners
+
+    def leave_room(self, processes: int) -> None:
+        """For so many processes, and what else is not for connections."""
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = limit - spare(limit, processes) if limit >= 0 else math.inf
 
     def accept_if(self, wanted: bool) -> None:
         """Take connections, or leave them to whoever else has these listeners."""

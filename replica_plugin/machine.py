@@ -10,8 +10,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-SPARE = 128
-"""Descriptors of the dispatcher that are not for connections; a quarter, if all are few."""
+SPARE = 64
+"""Descriptors of the dispatcher that are not for connections, beside those for processes."""
+
+EACH = 8
+"""And for each process: four, which one that registers brings, and as many for its successor."""
 
 OWN = 64
 """Descriptors that a process has without requests: logs, channel, what the app opens."""
@@ -27,9 +30,9 @@ class Machine(NamedTuple):
     backlog: int | None
 
 
-def spare(limit: int) -> int:
-    """How many of so many descriptors connections leave to others."""
-    return min(SPARE, limit // 4)
+def spare(limit: int, processes: int) -> int:
+    """How many of so many descriptors connections leave to others: a quarter, if all are few."""
+    return min(SPARE + EACH * processes, limit // 4)
 
 
 def read() -> Machine:
@@ -41,23 +44,30 @@ def read() -> Machine:
     return Machine(soft, hard, backlog)
 
 
-def shortages(machine: Machine, bound: int, slots: int, backlog: int) -> list[str]:
-    """What cannot be honoured. `bound` of the replica, `slots` of each process."""
+def shortages(machine: Machine, bound: int, processes: int, slots: int, backlog: int) -> list[str]:
+    """What cannot be honoured. `bound` and `processes` of the replica, `slots` of each process."""
     found = []
-    room = machine.hard - spare(machine.hard)
+    room = machine.hard - spare(machine.hard, processes)
     if room < bound and machine.hard >= 0:  # -1 is no limit
-        needed = bound + min(SPARE, bound // 3 + 1)
+        needed = bound + min(SPARE + EACH * processes, bound // 3 + 1)
         found.append(
             f"Open files: the hard limit ({machine.hard}) is too low for max_replica_concurrency "
             f"({bound}). Raise it to {needed} (ulimit -Hn, LimitNOFILE= of systemd, --ulimit "
             f"nofile= of docker) or lower max_replica_concurrency to {room}. Until then the "
             f"replica takes about {room} connections at a time; more wait in the backlog."
         )
+    if 0 <= machine.hard < 4 * EACH * processes:
+        found.append(
+            f"Open files: the hard limit ({machine.hard}) is too low for {processes} processes. "
+            f"Raise it to {4 * EACH * processes} or more, or lower processes_per_replica. Until "
+            "then processes that start may have to wait for connections to end before they get "
+            "requests."
+        )
     if 0 <= machine.soft < slots + OWN:
         found.append(
             f"Open files: the soft limit ({machine.soft}) is too low for {slots} slots in a "
             f"process. Raise it to {slots + OWN} or more (ulimit -n), or lower "
-            "threads_per_process. Until then requests for which a process has no descriptor get "
+            "threads_per_process. Until then requests for which no process has a descriptor get "
             "503."
         )
     if machine.backlog is not None and machine.backlog < backlog:

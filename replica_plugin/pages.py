@@ -229,7 +229,7 @@ class ReplicaPage(_Page):
         return self._memory[_LOAD_OFFSET : _LOAD_OFFSET + 8] != _NOTHING
 
     def write_table(self, rows: list[tuple[int, int, int]]) -> None:
-        """Age, slots and pid of every registered process."""
+        """Every registered process: its age, how many of its slots may be busy, its pid."""
         self._blob.write(rows)
 
     def read_table(self) -> list[tuple[int, int, int]]:

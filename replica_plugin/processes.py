@@ -68,7 +68,7 @@ class Link:
     pidfd: int
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
-    short: bool = False  # nor could one, for want of something that is not the channel's
+    short_until: float = math.inf  # nor could one, or not be taken, for want of something else
     heard: bool = False  # anything, on the channel
     deaf_since: float | None = None
     leave_due: bool = False
@@ -81,7 +81,7 @@ class Link:
 class Office(Protocol):
     """What the processes' side tells the dispatcher."""
 
-    def on_registered(self, link: Link, again: bool, leaving: bool) -> None: ...
+    def on_registered(self, link: Link, owed: int, leaving: bool) -> None: ...
     def on_report(self, link: Link, report: Report, now: float) -> None: ...
     def on_sendable(self, link: Link, now: float) -> None: ...
     def on_undeliverable(self, error: OSError) -> None: ...
@@ -125,8 +125,8 @@ class Processes:
         for link in self.links.values():
             if link.heard and not (link.open or link.dismissed):
                 self._see_to_deaf(link, now)
-            if link.short:
-                link.short = False
+            if link.short_until <= now:
+                link.short_until = math.inf
                 self._on_room(link, now)
             if link.cells.has_stalled(now) is not link.stalled:
                 link.stalled = not link.stalled
@@ -199,7 +199,7 @@ class Processes:
         if offer.age in self.links:
             self._on_death(self.links[offer.age], now)
         self._know(link)
-        self._office.on_registered(link, offer.again, offer.leaving)
+        self._office.on_registered(link, offer.owed, offer.leaving)
 
     def _is_in_anothers_name(self, link: Link) -> bool:
         """Whether its age is another process's, or it has registered under another one."""
@@ -345,7 +345,7 @@ class Processes:
         this user's are under way, whoever has sent them: `watch` tries again.
         """
         if error.errno in _SHORTAGE:
-            link.short = True
+            link.short_until = 0.0  # whenever we look again
             self._office.on_undeliverable(error)
         elif link.open and not link.full and error.errno == errno.EAGAIN:
             link.full = True

@@ -6,7 +6,8 @@ It takes off the deck (deck.py) when it reports, if something lies there; otherw
 channel, when the dispatcher sends something.
 
 1. The report is the one way back of the slot's credit. It is sent exactly once for each
-   request taken, on every exit, after the response body is closed.
+   request taken, on every exit, after the response body is closed; or the request is given back
+   (RETURNED), when there was no descriptor left for its client.
 2. A slot takes from one channel until that ends; its credit on a new one is FREE.
 3. What goes wrong with a request stays with it: nothing but the end of the process, or of
    the slot's work (LEAVE), ends the loop.
@@ -66,6 +67,7 @@ class Slot:
         self._watch = watch
         self._log = worker.log
         self._next: Taken | None = None  # what it has taken off the deck, and reported
+        self.free_on: ProcessEnd | None = None  # where it has said FREE last; not before it has
         self._may_answer = partial(cells.answering, index)  # as the dispatcher has it
         self._complete = partial(cells.complete, index)
 
@@ -79,6 +81,7 @@ class Slot:
         """Come to wait on the channel, once there is one; None if no more requests are taken."""
         while (channel := self._worker.await_channel()) is not None:
             if self._say(channel, FREE):
+                self.free_on = channel
                 return channel
         return None
 
@@ -109,8 +112,7 @@ class Slot:
     def _work(self, channel: ProcessEnd, job: Job, fds: list[int]) -> None:
         """One request, from taken to reported."""
         if not fds:
-            self._log.error("Out of descriptors: a request could not be taken (see ulimit -n)")
-            self._say(channel, Report(Kind.DONE, job.request, End.UNTAKEN).encode())
+            self._say(channel, Report(Kind.RETURNED, job.request, End.UNTAKEN).encode())
             return
         self._cells.begin(self._index, job.request)
         run = self._watch.begin(self._index, job, channel, self._may_answer)

@@ -38,7 +38,7 @@ class ThreadWorker(ReplicaWorker):
             start_thread(self._attend_beside, "replica-attendant")
             self._run_slot(self._slots[0])
             return
-        for index, slot in enumerate(self._slots):
+        for index, slot in enumerate(tuple(self._slots)):
             start_thread(partial(self._run_slot, slot), f"replica-slot-{index}")
         self._attend()
 
@@ -56,8 +56,7 @@ class ThreadWorker(ReplicaWorker):
                 raise
             self._on_slot_failed()
         finally:
-            with self._change:
-                self._working -= 1
+            self._slots.remove(slot)
             self._wake_attendant()
 
     def await_channel(self) -> ProcessEnd | None:

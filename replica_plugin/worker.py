@@ -84,7 +84,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._dead: socket.socket | None = None  # whose end no slot may be free to read
         self._alone_since: float | None = None  # without a dispatcher, and wanting to leave
         self._dismissed_at: float | None = None
-        self._working = 0
+        self._owed_told: tuple[ProcessEnd, int] | None = None
         self._early_usr1 = False  # which came before there was a pipe
 
     @classmethod
@@ -174,8 +174,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self._cells = Cells(count)
         self._cells.await_dump()
         self._watch = Watch(count, self._interrupter(), self._wake_attendant)
+        # Those that have not ended: each takes itself out.
         self._slots = [Slot(self, i, self._cells, self._watch) for i in range(count)]
-        self._working = count
         self._nowhere, other = socketpair(socket.SOCK_STREAM)
         other.close()
         self._forking = threading.local()
@@ -354,15 +354,18 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
             self._control, self._cells.fd, self.log, self._describe, self._found, self._on_death
         )
         registration.watch(self.PIPE[0])
-        while self._working:
+        while self._slots:
             self._beat()
             turn = min(self.turn, self.timeout or TURN, self._until_leave() or TURN)
             registration.wait(min(turn, self._see_to_overdue()))
             self._read_signals()
             if not self.alive or self.ppid != os.getppid():
                 self._leave()
+            if not self.serving:
+                self._tell_owed()
             if self._is_overdue():
                 self._give_up()
+        self._tell_owed()  # the process may take long to end, or for ever
 
     def _wake_attendant(self, sig: int = 0) -> None:
         with suppress(BlockingIOError):  # with so much to read it is about to wake up anyway
@@ -436,6 +439,22 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         self.log.error("Not finished within graceful_timeout of being dismissed: leaving")
         os._exit(1)
 
+    def _tell_owed(self) -> None:
+        """How many slots may be busy yet with what another dispatcher has sent.
+
+        It counts those that we had when we registered until they say FREE, which one that ends
+        does not. What we tell is never too low: a slot that has said FREE, and is about to
+        remember that, still counts.
+        """
+        channel = self._channel
+        if channel is None:
+            return
+        owed = sum(slot.free_on is not channel for slot in tuple(self._slots))
+        if (channel, owed) != self._owed_told:
+            with suppress(OSError):  # no room, or a dispatcher that died: again in the next turn
+                channel.tell_now(Report(Kind.OWED, owed).encode())
+                self._owed_told = channel, owed
+
     def _until_leave(self) -> float:
         """Seconds until we may say that we want to leave.
 
@@ -473,4 +492,5 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def _describe(self, again: bool) -> Register:
         leaving = self._leaving_since is not None or not self.serving
-        return Register(self.age, self.cfg.threads, again, leaving, self._extra)
+        owed = len(self._slots) if again else 0
+        return Register(self.age, self.cfg.threads, owed, leaving, self._extra)

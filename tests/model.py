@@ -146,6 +146,12 @@ class Model:
         self._see_readiness()
         self._judge(actions)
 
+    def owes(self, age, slots, now, actions):
+        self.now = now
+        process = self.processes[age]
+        process.owed = min(process.owed, slots)
+        self._judge(actions)
+
     def done(self, age, request, now, took, actions):
         self.now = now
         process = self.processes[age]

@@ -33,7 +33,7 @@ def offer(
         page = os.memfd_create("cells", os.MFD_ALLOW_SEALING)
         os.ftruncate(page, 8 if cells == "short" else 4096)
     process = 0 if pidfd is None else os.pidfd_open(pidfd or os.getpid())
-    send_register(control, Register(age, slots, False, False), theirs.fileno(), page, process)
+    send_register(control, Register(age, slots, 0, False), theirs.fileno(), page, process)
     return ours, theirs, page, process
 
 

@@ -195,6 +195,103 @@ def test_a_dispatcher_killed_at_any_moment_leaves_nothing_adrift(start, stage):
     holds_all_slots(server, stage, 0)
 
 
+THREE = {"processes_per_replica": 1, "threads_per_process": 3}
+
+
+def test_of_a_dismissed_process_a_new_dispatcher_counts_the_slots_that_have_not_ended(
+    start, stage, which
+):
+    """One of three has, before the new one comes; another does later. None of them says FREE."""
+    server = start(config=THREE, bind=BOTH)
+    old = hold(server, which, 2, "old")
+    actors = stage.take(2)
+    replace(server, stage, which)
+    kill_dispatcher(server)
+    new = hold(server, which, 2, "new")
+    actors.append(stage.next())
+    server.wait_numbers(running=3, waiting=1)
+    actors.pop(0).finish()
+    actors.append(stage.next())
+    new += hold(server, which, 1, "new")
+    server.wait_numbers(running=3, waiting=1)
+    assert stage.is_empty()
+    for actor in actors:
+        actor.finish()
+    stage.next().finish()
+    assert [client.reply().status for client in old + new] == [200] * 5
+    holds_all_slots(server, stage, which, 3)
+
+
+def test_of_a_process_dismissed_later_a_new_dispatcher_counts_the_slots_that_have_not_ended(
+    start, stage, which
+):
+    """The first of three to be free says so, and is told to leave; the others just end."""
+    server = start(config=THREE, bind=BOTH)
+    old = hold(server, which, 3, "old")
+    actors = stage.take(3)
+    kill_dispatcher(server)
+    server.wait_numbers(running=3, processes=1)
+    server.tell(signal.SIGHUP)
+    server.wait_numbers(slots=6)
+    new = hold(server, which, 3, "new")
+    for running in (1, 2):
+        server.wait_numbers(running=3, waiting=4 - running)
+        actors.pop(0).finish()
+        actors.append(stage.next())
+        assert actors[-1].name == "new"
+    for actor in actors:
+        actor.finish()
+    stage.next().finish()
+    assert [client.reply().status for client in old + new] == [200] * 6
+    holds_all_slots(server, stage, which, 3)
+
+
+def replace(server: Server, stage: Stage, which: int) -> None:
+    """HUP, and wait for the one process that is to serve from then on."""
+    before = set(server.workers)
+    server.tell(signal.SIGHUP)
+
+    def has_changed() -> bool:
+        (client,) = hold(server, which, 1)
+        actor = stage.next()
+        actor.finish()
+        assert client.reply().status == 200
+        return actor.pid not in before
+
+    wait_for(has_changed, "a process that has taken over")
+
+
+LINGERS = """
+import atexit, os, socket
+from served_app import application
+
+def linger(pid=os.getpid()):
+    link = socket.socket(socket.AF_UNIX)
+    link.connect(os.environ["STAGE"])
+    link.sendall(b'{"name": "end", "pid": %d, "thread": 0, "main": true, "waited": ""}\\n' % pid)
+    link.recv(1)
+
+atexit.register(linger)
+"""
+
+
+def test_a_process_that_lingers_at_its_end_keeps_nobody_from_its_room(start, stage, which):
+    """It never registers with the new dispatcher, for it has ended all but its life."""
+    server = start(config=ONE, bind=BOTH, app="lingers:application", files={"lingers.py": LINGERS})
+    (before,) = server.workers
+    server.tell(signal.SIGHUP)
+    lingering = stage.next()
+    assert (lingering.name, lingering.pid) == ("end", before)
+    kill_dispatcher(server)
+    (client,) = hold(server, which, 1)
+    actor = stage.next()
+    assert actor.pid != before
+    assert before in server.workers
+    actor.finish()
+    assert client.reply().status == 200
+    lingering.finish()
+
+
 @pytest.mark.slow
 def test_a_dispatcher_that_hangs_is_replaced(start, stage, which):
     server = start("--keep-alive", "20", config=TWO, bind=BOTH)

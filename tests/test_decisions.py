@@ -210,6 +210,19 @@ def test_after_a_restart_all_slots_count_as_busy_until_they_report():
     assert decisions.freed(1, 0.0) == [Send(2, 1)]
 
 
+def test_a_slot_of_before_that_ends_leaves_its_room_to_others_and_gives_no_credit():
+    decisions = Decisions(Rules(1, 2))
+    decisions.registered(1, 2, owed=2)
+    decisions.ruled(Rules(1, 2), [1, 2], 0.0)
+    assert join(decisions, 2, 2) == [Dismiss(1)]
+    assert arrive(decisions, 1, 2) == []
+    assert decisions.owes(1, 1, 0.0) == [Send(1, 2)]
+    assert decisions.owes(1, 1, 0.0) == decisions.owes(1, 2, 0.0) == []  # it is said again, or late
+    assert decisions.running == 2
+    assert decisions.owes(1, 0, 0.0) == [Send(2, 2)]
+    assert decisions.processes[1].free == 0
+
+
 # Leaving.
 
 

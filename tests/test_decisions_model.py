@@ -159,6 +159,13 @@ class Histories(RuleBasedStateMachine):
                 self.world.say_leaving(worker)
             self.world.leave(worker)
 
+    @precondition(lambda self: any(each.dismissed for each in self.world.workers.values()))
+    @rule(pick=picks, count=few)
+    def slots_end(self, pick: int, count: int) -> None:
+        dismissed = [each for each in self.world.workers.values() if each.dismissed]
+        for _ in range(count):
+            self.world.end_slot(self._one_of(dismissed, pick))
+
     @precondition(lambda self: self.world.workers)
     @rule(pick=picks, haunted=st.booleans())
     def a_process_is_killed(self, pick: int, haunted: bool) -> None:

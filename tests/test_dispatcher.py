@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import resource
 import select
 import signal
 import socket
@@ -48,7 +49,7 @@ class Replica:
         frame = Frame((self.listener,), control, *pages, nudge, master, os.getppid())
         self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
         self.process, theirs = channel.pair()
-        offer = channel.Register(age=1, slots=1, again=False, leaving=False)
+        offer = channel.Register(age=1, slots=1, owed=0, leaving=False)
         self.cells = cells = Cells(1)
         channel.send_register(
             self._writing, offer, theirs.fileno(), cells.fd, os.pidfd_open(os.getpid())
@@ -224,6 +225,15 @@ def is_unanswered(client: socket.socket) -> bool:
     except BlockingIOError:
         return True
     return False
+
+
+def test_connections_leave_room_to_as_many_processes_as_the_master_wants(replica, monkeypatch):
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 1024))
+    dispatcher, wishes = replica.dispatcher, replica.dispatcher._wishes
+    for processes, room in ((1, 952), (10, 880), (1, 952)):
+        rules = replace(wishes.rules, processes=processes)
+        dispatcher._obey(replace(wishes, rules=rules), time.monotonic())
+        assert sum(map(dispatcher._clients.listeners.has_room, range(1024))) == room
 
 
 # Whether it was full.
@@ -450,6 +460,39 @@ def test_what_comes_back_from_a_hub_that_stands_still_is_not_sent_again_for_a_cl
     assert replica.job() is None
     assert replica.dispatcher._decisions.running == 0
     assert not replica.dispatcher._clients.connections
+
+
+def test_what_the_only_process_has_no_descriptor_for_is_answered_and_its_slot_is_free(replica):
+    first, second = replica.client(), replica.client()
+    ask(first)
+    ask(second)
+    replica.turn()
+    untaken = replica.job()
+    replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
+    replica.turn()
+    assert first.recv(12) == b"HTTP/1.1 503"
+    assert address(replica.job()) == second.getsockname()
+
+
+def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent_nothing(replica):
+    dispatcher = replica.dispatcher
+    decisions, now = dispatcher._decisions, time.monotonic()
+    rules = replace(decisions.rules, processes=2)
+    dispatcher._obey(replace(dispatcher._wishes, rules=rules, live=(1, 2)), now)
+    decisions.registered(2, 1)
+    client = replica.client()
+    ask(client)
+    replica.turn()
+    untaken = replica.job()
+    replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
+    replica.turn()
+    assert list(decisions.waiting) == [untaken.request]
+    assert replica.job() is None
+    link = dispatcher._processes.links[1]
+    dispatcher._processes.watch(link.short_until - 0.01)
+    assert replica.job() is None
+    dispatcher._processes.watch(link.short_until)
+    assert address(replica.job()) == client.getsockname()
 
 
 def test_what_a_dead_process_had_not_begun_is_not_sent_again_for_a_client_that_left(replica):

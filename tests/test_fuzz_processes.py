@@ -220,7 +220,7 @@ JSON = st.recursive(
     ),
     max_leaves=5,
 )
-OFFER = vars(Register(2, 2, False, False))
+OFFER = vars(Register(2, 2, 0, False))
 ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
 
 
@@ -231,7 +231,7 @@ Message = Callable[[list[int]], bytes]
 def reports(draw: st.DrawFn) -> Message:
     """A message about some of the requests that are known."""
     request, took = draw(st.integers(0, CLIENTS)), draw(st.none() | st.integers(0, CLIENTS))
-    kind = draw(st.just(Kind.DONE) | st.just(Kind.REST) | st.integers(0, Kind.REST + 1))
+    kind = draw(st.just(Kind.DONE) | st.just(Kind.REST) | st.integers(0, Kind.OWED + 1))
     end = draw(st.integers(0, 5))
     ahead, carry = draw(BYTES), draw(BYTES | JSON.map(lambda value: json.dumps(value).encode()))
     size = draw(st.just(len(ahead)) | st.integers(0, 2**32 - 1))

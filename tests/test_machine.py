@@ -26,20 +26,34 @@ OUT = r"\[WARNING\] Out of descriptors or memory: connections wait in the backlo
 
 
 def test_a_machine_that_allows_everything_needs_no_word():
-    assert shortages(PLENTY, 1024, 4, 2048) == []
-    assert shortages(Machine(-1, -1, None), 30000, 4000, 2048) == []
+    assert shortages(PLENTY, 1024, 4, 4, 2048) == []
+    assert shortages(Machine(-1, -1, None), 30000, 100, 4000, 2048) == []
 
 
-@pytest.mark.parametrize("bound", [4, 100, 383, 384, 1024, 30000])
+@pytest.mark.parametrize("bound", [32, 100, 215, 216, 1024, 30000])
 def test_the_limit_of_open_files_that_is_asked_for_is_enough_and_one_less_is_not(bound):
-    (line,) = shortages(PLENTY._replace(hard=bound), bound, 4, 2048)
+    (line,) = shortages(PLENTY._replace(hard=bound), bound, 1, 4, 2048)
     needed = int(line.split("Raise it to ")[1].split()[0])
-    assert shortages(PLENTY._replace(hard=needed), bound, 4, 2048) == []
-    assert needed - spare(needed) <= bound + 1
+    assert shortages(PLENTY._replace(hard=needed), bound, 1, 4, 2048) == []
+    assert needed - spare(needed, 1) <= bound + 1
+
+
+def test_connections_leave_descriptors_to_all_processes_and_their_successors():
+    """Each brings a channel, its cells and its pidfd; the cells are then held twice."""
+    assert [spare(1 << 20, processes) for processes in (0, 1, 100)] == [64, 72, 864]
+
+
+def test_a_hard_limit_that_is_too_low_for_the_processes_is_told():
+    assert shortages(PLENTY._replace(hard=1024), 100, 33, 4, 2048) == [
+        "Open files: the hard limit (1024) is too low for 33 processes. Raise it to 1056 or more, "
+        "or lower processes_per_replica. Until then processes that start may have to wait for "
+        "connections to end before they get requests."
+    ]
+    assert shortages(PLENTY._replace(hard=1056), 100, 33, 4, 2048) == []
 
 
 def test_a_hard_limit_that_is_too_low_is_told_with_what_holds_until_it_is_raised():
-    assert shortages(PLENTY._replace(hard=512), 1024, 4, 2048) == [
+    assert shortages(PLENTY._replace(hard=512), 1024, 8, 4, 2048) == [
         "Open files: the hard limit (512) is too low for max_replica_concurrency (1024). Raise "
         "it to 1152 (ulimit -Hn, LimitNOFILE= of systemd, --ulimit nofile= of docker) or lower "
         "max_replica_concurrency to 384. Until then the replica takes about 384 connections at a "
@@ -48,15 +62,15 @@ def test_a_hard_limit_that_is_too_low_is_told_with_what_holds_until_it_is_raised
 
 
 def test_a_soft_limit_that_is_too_low_for_the_slots_of_a_process_is_told():
-    assert shortages(PLENTY, 1024, 1000, 2048) == [
+    assert shortages(PLENTY, 1024, 4, 1000, 2048) == [
         "Open files: the soft limit (1024) is too low for 1000 slots in a process. Raise it to "
-        "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which a "
-        "process has no descriptor get 503."
+        "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which no "
+        "process has a descriptor get 503."
     ]
 
 
 def test_a_backlog_that_the_kernel_cuts_is_told():
-    assert shortages(PLENTY._replace(backlog=128), 1024, 4, 2048) == [
+    assert shortages(PLENTY._replace(backlog=128), 1024, 4, 4, 2048) == [
         "Backlog: net.core.somaxconn (128) is less than gunicorn's backlog (2048). Raise it "
         "(sysctl -w net.core.somaxconn=2048), or set --backlog 128. Until then the kernel holds "
         "128 connections for a dispatcher that is busy or starts again, and lets others try once "
@@ -80,14 +94,33 @@ def test_a_rest_of_a_response_that_found_no_descriptor_ends_its_connection():
 @IN_BOTH_MODES
 def test_a_request_for_which_its_process_has_no_descriptor_is_answered_503(start):
     server = start()
-    (worker,) = server.workers  # which has had no client yet, whose descriptor it could let go of
-    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
-    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free(worker), limits[1]))
+    (worker,) = server.workers
+    limits = leave_no_descriptor(worker)
     for _ in range(3):
         reply = server.get("/hello")
         assert (reply.status, reply.body.decode()) == (503, f"{UNTAKEN.text}\n")
     resource.prlimit(worker, resource.RLIMIT_NOFILE, limits)
     assert server.get("/hello").status == 200
+    server.wait_log(rf"Out of descriptors: process {worker} could not take a request")
+
+
+@IN_BOTH_MODES
+def test_requests_for_which_one_process_has_no_descriptor_go_to_the_others(start):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 2})
+    poor, rich = server.workers
+    limits = leave_no_descriptor(poor)
+    for _ in range(50):
+        reply = server.get("/numbers")
+        assert (reply.status, reply.json["pid"]) == (200, rich)
+    resource.prlimit(poor, resource.RLIMIT_NOFILE, limits)
+    wait_for(lambda: server.get("/numbers").json["pid"] == poor, "its turn")
+
+
+def leave_no_descriptor(worker: int) -> tuple[int, int]:
+    """Of a process that has had no client yet, whose descriptor it could let go of."""
+    limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
+    resource.prlimit(worker, resource.RLIMIT_NOFILE, (lowest_free(worker), limits[1]))
+    return limits
 
 
 def lowest_free(pid: int) -> int:

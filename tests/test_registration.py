@@ -23,9 +23,11 @@ from replica_plugin.channel import (
     LEAVING,
     WELCOME,
     Job,
+    Kind,
     ProcessEnd,
     Register,
     close_all,
+    decode_report,
     pair,
     receive_control,
     send,
@@ -34,7 +36,7 @@ from replica_plugin.deck import Deck, take
 from replica_plugin.registration import Registration
 from replica_plugin.slot import Slot
 
-OFFER = Register(1, 1, 1, False, False)
+OFFER = Register(1, 1, 0, False)
 
 
 def no_descriptors() -> None:
@@ -221,17 +223,53 @@ def test_a_process_whose_slot_has_failed_wants_to_leave(mode, error):
     kind = thread_worker.ThreadWorker if mode == "thread" else gevent_worker.GeventWorker
     process: Any = object.__new__(kind)
     process.__dict__.update(
-        _change=threading.Condition(), _working=2, alive=True, log=logging.getLogger(),
+        _change=threading.Condition(), alive=True, log=logging.getLogger(),
         _wake_attendant=lambda: None,
     )  # fmt: skip
+    slots = process._slots = [Broken(error), Broken(error)]
     running: Any = (
-        threading.Thread(target=process._run_slot, args=(Broken(error),))
+        threading.Thread(target=process._run_slot, args=slots[:1])
         if mode == "thread"
-        else gevent.Greenlet(process._run_slot, Broken(error))
+        else gevent.Greenlet(process._run_slot, slots[0])
     )
     running.start()
     running.join()
-    assert (process._working, process.alive) == (1, False)
+    assert (len(process._slots), process.alive) == (1, False)
+
+
+def test_a_process_that_serves_no_more_tells_how_many_slots_have_neither_ended_nor_said_free():
+    """Of a new dispatcher's point of view: they may be busy with requests of the one before."""
+    process: Any = object.__new__(worker.ReplicaWorker)
+    ours, theirs = pair()
+    before, channel = object(), ProcessEnd(ours, ours)
+    ended, waiting, *busy = (SimpleNamespace(free_on=before) for _ in range(4))
+    process.__dict__.update(
+        _channel=None, _owed_told=None, _slots=[ended, waiting, *busy],
+        age=1, cfg=SimpleNamespace(threads=4), _extra=0, _leaving_since=None, serving=False,
+    )  # fmt: skip
+
+    def told() -> list[int]:
+        process._tell_owed()
+        with suppress(BlockingIOError):
+            report = decode_report(theirs.recv(100, socket.MSG_DONTWAIT), [])
+            return [report.kind, report.request]
+        return []
+
+    assert process._describe(False).owed == 0
+    assert process._describe(True).owed == 4
+    process._slots.remove(ended)  # behind the offer, and before there is a channel
+    assert told() == []
+    process._channel = channel
+    assert told() == [Kind.OWED, 3]
+    waiting.free_on = channel
+    assert told() == [Kind.OWED, 2]
+    process._slots.remove(waiting)
+    assert told() == []
+    process._slots.remove(busy[0])
+    assert told() == [Kind.OWED, 1]
+    assert told() == []
+    ours.close()
+    theirs.close()
 
 
 class Stubborn:

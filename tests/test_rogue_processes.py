@@ -255,7 +255,7 @@ def held() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
-OFFER = vars(Register(1, 1, False, False))
+OFFER = vars(Register(1, 1, 0, False))
 ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
 
 
@@ -274,6 +274,8 @@ ADOPT = {"number": 2, "server": "", "ahead": "", "carry": ""}
         (b"R" + json.dumps(OFFER).encode(), 3),  # which are no channel, cells and pidfd
         (b"R" + json.dumps({**OFFER, "slots": 0}).encode(), 3),
         (b"R" + json.dumps({**OFFER, "slots": 1e99}).encode(), 3),
+        (b"R" + json.dumps({**OFFER, "owed": -1}).encode(), 3),
+        (b"R" + json.dumps({**OFFER, "owed": 2}).encode(), 3),
         (b"R" + json.dumps({**OFFER, "age": None}).encode(), 3),
         (b"R" + json.dumps({**OFFER, "version": 0}).encode(), 3),
         (b"A" + json.dumps(ADOPT).encode(), 1),  # which is no socket

@@ -27,7 +27,7 @@ from replica_plugin.decisions import Decisions, Rules
 
 @dataclass(eq=False)
 class Worker:
-    """A process. Its slots are `starting`, `idle` (they gave a credit), reading or `old`."""
+    """A process. Its slots: `starting`, `idle` (they gave a credit), reading, `old`, `ended`."""
 
     age: int
     slots: int
@@ -39,7 +39,10 @@ class Worker:
     told: bool = False  # to leave
     said: bool = False  # that it wants to leave, on this channel
     dismissed: bool = False
+    serves: bool = True  # else none of its slots comes to wait any more
+    owed: int | None = None  # as it has told, on this channel
     idle: int = 0
+    ended: int = 0
     extra: int = 0
     old: list[int] = field(default_factory=list)  # requests of a dispatcher that died
     mailbox: list[int] = field(default_factory=list)
@@ -166,11 +169,11 @@ class World:
 
     def register(self, worker: Worker, welcomed: bool = True) -> None:
         """It offers a channel; the dispatcher knows it before it knows the dispatcher."""
-        if not worker.alive or worker.dismissed or worker.life == self.life:
+        if not worker.alive or worker.life == self.life:
             return
-        worker.life = self.life
-        worker.said = worker.again and worker.told
-        owed = worker.all_slots if worker.again else 0
+        worker.life, worker.owed = self.life, None
+        worker.said = worker.again and (worker.told or worker.dismissed)
+        owed = worker.all_slots - worker.ended if worker.again else 0
         self.table[worker.age] = worker
         self.tell("registered", worker.age, worker.slots, owed, worker.extra)
         if worker.said:
@@ -192,11 +195,30 @@ class World:
 
     def free(self, worker: Worker) -> None:
         """A slot comes to wait."""
-        if worker.starting and worker.welcomed and self._has_link(worker):
+        if worker.starting and worker.serves and worker.welcomed and self._has_link(worker):
             worker.starting -= 1
             worker.idle += 1
             self.hear(worker)
             self.tell("freed", worker.age, self.now)
+
+    def end_slot(self, worker: Worker) -> None:
+        """A slot ends, instead of coming to wait or while it waits; all are told that do not."""
+        if worker.alive and worker.dismissed:
+            if worker.starting:
+                worker.starting -= 1
+                worker.ended += 1
+            elif worker.idle > len(worker.mailbox):
+                worker.idle -= 1
+                worker.ended += 1
+            self.say_owed(worker)
+
+    def say_owed(self, worker: Worker) -> None:
+        """Its attendant tells how many slots have neither ended nor come to wait."""
+        owed = worker.starting + len(worker.old)
+        if worker.welcomed and self._has_link(worker) and not worker.full and owed != worker.owed:
+            worker.owed = owed
+            self.hear(worker)
+            self.tell("owes", worker.age, owed, self.now)
 
     def take(self, worker: Worker) -> None:
         """A slot begins to read a request."""
@@ -305,7 +327,7 @@ class World:
     def orphan(self, worker: Worker) -> None:
         """It was told to leave, and no dispatcher came: it finishes what it runs, and leaves."""
         if worker.alive and worker.told and worker.life != self.life:
-            worker.dismissed = True
+            worker.dismissed, worker.serves = True, False
 
     def leave(self, worker: Worker) -> None:
         """Its slots have ended; so does it."""
@@ -352,11 +374,17 @@ class World:
     def _be_born(self, was_ready: bool) -> None:
         rules = self.page[0]
         rules = replace(rules, processes=max(1, rules.processes))
+        rows = {age: self._most_busy(age) for age in self.table}
         self.decisions, self.model = Decisions(rules, self._recall), Model(rules, was_ready)
         self.decisions.roster.was_ready = was_ready
-        for age, worker in self.table.items():
-            self.tell("expected", age, worker.slots)
+        for age in self.table:
+            self.tell("expected", age, rows[age])
         self.read()
+
+    def _most_busy(self, age: int) -> int:
+        """As the dispatcher has it in its table."""
+        process = self.decisions.processes[age]
+        return min(process.slots, process.running) if process.dismissed else process.slots
 
     def restart(self) -> None:
         """It dies; what waits is lost, what runs goes on, and there is another."""
@@ -377,7 +405,8 @@ class World:
             self._end(request, "sent", "answered" if worker.alive else "reset")
         worker.old += worker.mailbox + worker.reading
         worker.mailbox, worker.reading, worker.idle, worker.reports = [], [], 0, []
-        worker.starting = worker.all_slots - len(worker.old)
+        worker.starting = worker.all_slots - len(worker.old) - worker.ended
+        worker.serves = worker.serves and not worker.dismissed
         worker.welcomed = worker.full = worker.missed = worker.leave_due = False
         worker.stalled = False
 
@@ -499,6 +528,7 @@ class World:
             self.welcome,
             self.say_leaving,
             *[self.free, self.take, self.take_next, self.finish] * 4,
+            self.end_slot,
             self.leave,
             self.hear_death,
             self.reap,

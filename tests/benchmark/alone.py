@@ -97,7 +97,7 @@ def dispatcher(keep: bool = True) -> Callable[[int], None]:
     frame = Frame((listener,), control, *kept, nudge, os.pidfd_open(os.getppid()), os.getppid())
     one = Dispatcher(frame, wishes, Journal(QUIET))
     ours, theirs = channel.pair()
-    offer = channel.Register(age=1, slots=1, again=False, leaving=False)
+    offer = channel.Register(age=1, slots=1, owed=0, leaving=False)
     channel.send_register(
         process, offer, theirs.fileno(), cells.Cells(1).fd, os.pidfd_open(os.getpid())
     )
