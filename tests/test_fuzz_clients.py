@@ -112,6 +112,7 @@ class Slot:
 class _Run:
     asked: Any = None
     is_answered = False
+    tale = ""
 
     def window(self, call: Any) -> Any:
         return call()
