@@ -463,6 +463,7 @@ RULES = (
     # The stop.
     Rule("closed", "stop: silent", not_run, stopping, trait("silent")),
     Rule("closed", "stop: idle", not_run, stopping, kept),
+    Rule("503", "pause: no process left", not_run, says("shutting down"), pausing, process_died),
     Rule("closed", "pause: silent", not_run, pausing, trait("silent")),
     Rule("closed", "pause: idle", not_run, pausing, kept),
     Rule("refused", "stop", not_run, not_listening),
