@@ -297,14 +297,12 @@ def _spawn(spawn_worker: Callable[[], Any], arbiter: Arbiter, ours: Master) -> A
     cannot be forked, or fails before it loads the app, is no reason to end those that serve."""
     try:
         return spawn_worker()
-    except SystemExit as end:  # of the process
-        if os.getpid() != arbiter.pid:
-            ours.see_to_end(end.code)
-        raise
-    except Exception as error:  # for want of memory, processes, descriptors, or in a hook
-        if os.getpid() != arbiter.pid or not ours.replica_page.read().was_ready:
+    except BaseException as error:
+        if os.getpid() != arbiter.pid:  # or the process would go on as a copy of the master
+            ours.see_to_end(error)
+        if not isinstance(error, Exception) or not ours.replica_page.read().was_ready:
             raise
-        ours.not_forked(error)
+        ours.not_forked(error)  # for want of memory, processes, descriptors, or in a hook
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 

@@ -302,9 +302,13 @@ class Master:
         self.page.only_read()
         self.replica_page.only_read()
 
-    def see_to_end(self, code: Any) -> None:
-        """In a worker that ends. In `post_fork`, say, it has failed before we could see to it."""
-        if code in HALT:
+    def see_to_end(self, error: BaseException) -> None:
+        """In a worker that ends. In `post_fork`, say, it has failed before we could see to it; and
+        gunicorn fails, too, if it cannot print why."""
+        if not isinstance(error, SystemExit):
+            self._arbiter.log.exception("A process failed")
+            fail(self.load_page)
+        if error.code in HALT:
             fail(self.load_page)
 
     def _start_supervisor(self) -> None:

@@ -91,9 +91,10 @@ class Server:
             self.write_config(config)
         binds = [part for each in bind for part in ("--bind", each)]
         line = [*command, *base, *binds, *arguments, app]
-        options = {"cwd": folder, "env": environment(env), "stdin": subprocess.DEVNULL, **popen}
+        options = {"cwd": folder, "env": environment(env), "stdin": subprocess.DEVNULL}
         with open(self.log_path, "ab") as log:
-            self.process = subprocess.Popen(line, stdout=log, stderr=log, **options)
+            options |= {"stdout": log, "stderr": log, **popen}
+            self.process = subprocess.Popen(line, **options)
         try:
             if listening_in is None:
                 self.addresses = self._addresses(len(bind) or 1)

@@ -249,8 +249,30 @@ def test_a_process_whose_post_fork_raises_is_one_that_cannot_load_the_app(start)
     server.wait_numbers(processes=2, slots=4)
 
 
-def test_a_post_fork_that_raises_at_the_start_ends_gunicorn(start):
-    files = {"gunicorn.conf.py": POST_FORK, "broken": ""}
+INTERRUPTED = POST_FORK.replace("ConnectionError", "KeyboardInterrupt")
+
+
+@IN_BOTH_MODES
+@pytest.mark.parametrize("hook", [POST_FORK, INTERRUPTED], ids=["error", "interrupt"])
+def test_a_process_that_fails_and_cannot_say_so_ends_nobody_but_itself(start, hook):
+    """gunicorn prints to stderr what its log has already; the process has a copy of the master."""
+    with open("/dev/full", "w") as full:
+        server = start(
+            "--error-logfile", "log", base=(), files={"gunicorn.conf.py": hook}, config=TWO,
+            stderr=full,
+        )  # fmt: skip
+    (server.folder / "broken").touch()
+    server.tell(signal.SIGKILL, server.workers[0])
+    server.wait_log("had loaded the app: the next one starts in 2 s")
+    assert server.get("/hello").status == 200
+    (server.folder / "broken").unlink()
+    server.wait_numbers(processes=2, slots=4)
+    assert server.get("/hello").status == 200
+
+
+@pytest.mark.parametrize("hook", [POST_FORK, INTERRUPTED], ids=["error", "interrupt"])
+def test_a_post_fork_that_raises_at_the_start_ends_gunicorn(start, hook):
+    files = {"gunicorn.conf.py": hook, "broken": ""}
     assert start.to_its_end(base=(), files=files).code == 3
 
 
