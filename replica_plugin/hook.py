@@ -136,7 +136,7 @@ def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
         _before_listening(arbiter.cfg, arbiter.log)
         return
     if _master is not None:
-        _master.tell()
+        _master.want()
     else:
         _forget_alone(arbiter.cfg)
         if boot.is_ours(arbiter.cfg):

@@ -9,7 +9,8 @@
    one that cannot load it.
 3. A failure ends gunicorn (exit code 3) only if no process has ever had the app. If a process is
    missing after any other end before the app was loaded, killed or not, the master does not fork
-   the next one sooner than in 1 to 60 s, so that it does not fork and fail in a circle.
+   the next one sooner than in 1 to 60 s, so that it does not fork and fail in a circle; but at once
+   when one that had the app ends, and with HUP, TTIN and TTOU.
 4. Python ends when all threads have. Those of an app that failed have END_TIME for it; of one that
    was served, what is left of graceful_timeout, if that is more.
 """
@@ -46,7 +47,11 @@ class Process(Protocol):
 
 
 class Pauses:
-    """The master's: until when it forks no process in place of one that did not load the app."""
+    """The master's: until when it forks no process in place of one that did not load the app.
+
+    Each fork that does not wait costs a process that had it, or an operator's word, for which the
+    master begins anew. So none goes on in a circle.
+    """
 
     def __init__(self, load_page: LoadPage) -> None:
         self.until = 0.0
@@ -55,9 +60,13 @@ class Pauses:
         self._failures = 0  # in a row
 
     def begin(self, age: int, now: float) -> float:
-        """One has ended, and is missing. Seconds to wait; 0 if it has had the app, or if others
-        have failed with it, for which a pause has begun."""
-        if now < self.until or self._load_page.loaded([age]):
+        """One has ended, and is missing. Seconds to wait; 0 if it has had the app, for which others
+        that are missing wait no longer; or if others have failed with it, for which a pause has
+        begun."""
+        if self._load_page.loaded([age]):
+            self.until = 0.0
+            return 0.0
+        if now < self.until:
             return 0.0
         if self._loads != self._load_page.loads:
             self._loads, self._failures = self._load_page.loads, 0

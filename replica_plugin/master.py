@@ -121,6 +121,11 @@ class Master:
         self._ready_file = settings.ready_file and os.path.abspath(settings.ready_file)
         self.tell()
 
+    def want(self) -> None:
+        """An operator has said how many processes there shall be, with HUP, TTIN or TTOU."""
+        self._pauses = Pauses(self.load_page)
+        self.tell()
+
     def not_forked(self, error: Exception) -> None:
         """Nor was it. The arbiter tries again within a second, if a process is missing."""
         self._arbiter.log.error("No process can be started: %r", error)

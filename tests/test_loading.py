@@ -61,9 +61,10 @@ def deploy(server, text):
     (server.folder / "app.py").write_text(text)
 
 
-def start_app(start, *arguments, text=APP, **options):
+def start_app(start, *arguments, text=APP, lasting="", **options):
     env = {"PYTHONDONTWRITEBYTECODE": "1"}
-    return start(*arguments, files={"app.py": text}, app="app:app", env=env, **options)
+    files = {"app.py": text, "lasting.py": lasting}
+    return start(*arguments, files=files, app="app:app", env=env, **options)
 
 
 def fail_a_reload(server, failures):
@@ -171,6 +172,45 @@ def test_one_that_is_missing_is_tried_again_after_pauses_that_grow(start, text):
     assert server.get("/").status == 200
     deploy(server, APP)
     server.wait_numbers(processes=2, slots=4)
+
+
+LASTING = """\
+from replica_plugin import loading
+
+begin = loading.Pauses.begin
+
+def begin_and_last(self, age, now):
+    pause = begin(self, age, now)
+    if pause:
+        self.until += 600
+    return pause
+
+loading.Pauses.begin = begin_and_last
+from replica_plugin.conf import *
+"""
+
+
+def test_one_that_had_the_app_is_replaced_at_once_though_another_waits_for_its_pause(start):
+    server = start_app(start, base=("-c", "lasting.py"), lasting=LASTING, config=TWO)
+    deploy(server, BROKEN)
+    server.tell(signal.SIGTTIN)
+    server.wait_log("had loaded the app: the next one starts in 1 s")
+    deploy(server, APP)
+    server.tell(signal.SIGKILL, server.workers[0])
+    server.wait_numbers(processes=3, slots=6)
+
+
+def test_after_the_word_of_an_operator_no_process_waits_for_a_pause_of_before(start):
+    one = {"processes_per_replica": 1}
+    server = start_app(start, base=("-c", "lasting.py"), lasting=LASTING, config=one)
+    deploy(server, BROKEN)
+    server.tell(signal.SIGKILL, server.workers[0])
+    server.wait_log("the next one starts in 1 s")
+    server.tell(signal.SIGHUP)
+    server.wait_log("the next one starts in 1 s", 2)
+    deploy(server, APP)
+    server.tell(signal.SIGTTIN)
+    server.wait_numbers(processes=2, slots=2)
 
 
 @IN_BOTH_MODES
@@ -341,6 +381,8 @@ def test_those_that_fail_together_are_one_failure_and_one_that_has_loaded_ends_t
     page.note_loaded(5, [5])
     assert pauses.begin(5, 20.0) == 0.0
     assert pauses.begin(6, 20.0) == 1.0
+    assert pauses.begin(5, 20.5) == 0.0
+    assert pauses.begin(7, 20.5) == 2.0  # its end has ended the pause, and not the row
     os.close(page.fd)
 
 
