@@ -136,14 +136,18 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def load_wsgi(self) -> None:
         """Load the app; however long that takes, and whether or not it holds the GIL."""
-        far = time.monotonic() + LOAD_TIME
-        os.utime(self.tmp.fileno(), (far, far))
+        self._put_off_timeout(LOAD_TIME)
         master = self._master
         attempt = Loading(self, master.load_page, master.page)
         staggered = master.settings.stagger_init and not self.cfg.preload_app
         attempt.run(self._load_and_warm_up, staggered)
         master.load_page.close()
         self.notify()
+
+    def _put_off_timeout(self, seconds: float) -> None:
+        """No heartbeat is due until then."""
+        then = time.monotonic() + seconds
+        os.utime(self.tmp.fileno(), (then, then))
 
     def _load_and_warm_up(self) -> None:
         """The app, and the hook that gunicorn would call next: there an error ends gunicorn."""
@@ -197,8 +201,10 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         """Else a thread of the app, or its atexit, would keep our place from a successor."""
         now = time.monotonic()
         rest = (self._dismissed_at or now) + self.cfg.graceful_timeout - now
+        rest = max(loading.END_TIME, rest)
         why = "A thread of the app, or an atexit handler, has not ended in time: leaving"
-        end_within(max(loading.END_TIME, rest), 1, partial(self.log.error, why))
+        end_within(rest, 1, partial(self.log.error, why))
+        self._put_off_timeout(rest)
 
     def _hold_signals(self) -> None:
         """The app forks: what the child is sent at once waits until it has parted from us."""

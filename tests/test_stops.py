@@ -478,6 +478,30 @@ def test_a_process_does_not_wait_for_ever_for_what_the_app_does_at_its_end(start
     assert server.get("/hello").status == 200
 
 
+BYE = """\
+import atexit, time
+from served_app import application
+
+def bye():
+    time.sleep(3)
+    open("done", "x").close()
+
+atexit.register(bye)
+"""
+
+
+@pytest.mark.parametrize("t", [1, 2])
+def test_what_the_app_does_at_its_end_may_take_longer_than_timeout(start, t):
+    """The process beats no more, and has graceful_timeout."""
+    options = ("--graceful-timeout", "20", "--timeout", "1")
+    config = {"processes_per_replica": 1, "threads_per_process": t}
+    server = start(*options, config=config, files={"bye.py": BYE}, app="bye:application")
+    server.tell(signal.SIGTERM, server.workers[0])
+    server.wait_log("Booting worker", 2)
+    assert "WORKER TIMEOUT" not in server.log
+    assert (server.folder / "done").exists()
+
+
 def test_a_process_that_is_ending_takes_no_harm_from_usr1(start):
     """The interpreter has given up its handlers by then, and logs may be reopened at any time."""
     config = {"processes_per_replica": 1, "threads_per_process": 2}
