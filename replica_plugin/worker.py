@@ -394,8 +394,10 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         try:
             self.log.reopen_files()
         except Exception as error:  # a stdout of the app's, say, that is no file
-            print(f"Leaving, since the logs cannot be opened: {error}", file=sys.stderr, flush=True)
             self.alive = False
+            text = f"Leaving, since the logs cannot be opened: {error}"
+            with suppress(Exception):  # nor may that be possible
+                print(text, file=sys.stderr, flush=True)
 
     def _beat(self) -> None:
         """Tell gunicorn that we live."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import gunicorn
 import pytest
-from server import descriptors, wait_for
+from server import IN_BOTH_MODES, descriptors, wait_for
 from test_hook_start import IMPORT
 
 from replica_plugin.actions import Why
@@ -389,6 +389,27 @@ def test_a_process_that_cannot_reopen_its_logs_finishes_and_is_replaced(start, s
     assert running.result().status == 200
     (after,) = wait_for(lambda: set(server.workers) - {before}, "its successor")
     assert files_of(after) == {"error"}
+
+
+@IN_BOTH_MODES
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_process_that_can_neither_reopen_its_logs_nor_say_so_finishes_too(start, stage, threads):
+    with open("/dev/full", "w") as full:
+        server = start(
+            "--error-logfile", "logs/error", bind=("unix:here",), listening_in="logs/error",
+            files={"logs/other": ""}, stderr=full,
+            config={"processes_per_replica": 1, "threads_per_process": threads},
+        )  # fmt: skip
+    (before,) = server.workers
+    running = server.later("/hold/x")
+    actor = stage.next()
+    (server.folder / "logs").rename(server.folder / "moved")
+    server.tell(signal.SIGUSR1, before)
+    server.wait_numbers(processes=0, running=1)
+    actor.finish()
+    assert running.result().status == 200
+    server.wait_numbers(processes=1, running=0)
+    assert server.workers != [before]
 
 
 LOOP = """
