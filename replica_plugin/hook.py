@@ -155,6 +155,8 @@ def _stay_without(arbiter: Arbiter) -> None:
 def check_config(cfg: Config, log: Any) -> None:
     """gunicorn has read its configuration, listens, and is about to call `when_ready`."""
     _before_listening(cfg, log)
+    assert _loaded is not None
+    _forget_ready_file(_loaded.settings)
     _add_hooks(cfg)
 
 
@@ -411,10 +413,16 @@ def _before_listening(cfg: Config, log: Any) -> None:
     problems = boot.refusals(cfg, loaded)
     if problems:
         raise BootError("\n".join(each.told for each in problems))
-    if boot.is_ours(cfg) and "GUNICORN_PID" not in os.environ:  # of a master whose replica is ready
-        ready_file.forget(loaded.settings.ready_file)
+    if boot.is_ours(cfg) and cfg.preload_app:  # which takes its time, before anything listens
+        _forget_ready_file(loaded.settings)
     _quiet_control_socket(cfg)
     _tell_overrides(cfg, log)
+
+
+def _forget_ready_file(settings: Settings) -> None:
+    """What an earlier replica left. Not sooner than need be: if we cannot listen, one is there."""
+    if "GUNICORN_PID" not in os.environ:  # of a master whose replica is ready
+        ready_file.forget(settings.ready_file)
 
 
 def _tell_overrides(cfg: Config, log: Any) -> None:

@@ -93,6 +93,18 @@ def test_a_file_left_behind_by_a_replica_that_was_killed_is_removed_at_the_next_
     wait_for(left.exists, "the file")
 
 
+def test_a_second_start_that_finds_the_port_taken_leaves_the_file_of_the_one_that_serves(start):
+    first = start(config=CONFIG)
+    left = first.folder / "ready"
+    wait_for(left.exists, "the file")
+    written = left.stat().st_mtime_ns
+    host, port = first.address
+    files = {"replica.yaml": f"ready_file: {left}\n"}
+    ended = start.to_its_end("--bind", f"{host}:{port}", files=files)
+    assert f"Can't connect to ('{host}', {port})" in ended.output
+    assert left.stat().st_mtime_ns == written  # nor has it come back
+
+
 def test_a_file_left_behind_is_removed_before_the_app_is_loaded_in_the_master(start):
     app = "import os\nassert not os.path.exists('ready')\n" + APP
     config = {**CONFIG, "preload": True}
