@@ -9,11 +9,12 @@ import http.client
 import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from server import IN_BOTH_MODES, Server, wait_for
+from server import IN_BOTH_MODES, Load, Server, wait_for
 from tracing import tracing
 
 from replica_plugin.answers import UNTAKEN
@@ -216,6 +217,17 @@ def test_idle_connections_make_room_for_new_ones(poor):
         assert client.get("/hello").status == 200
         idle.append(client)
     assert sum(client.is_readable() for client in idle) >= 40
+
+
+def test_a_flood_of_connections_that_end_leaves_processes_that_start_their_descriptors(poor):
+    with Load(poor, "/sleep/0.02", clients=120) as load:
+        wait_for(lambda: load.answered > 150, "connections to have come and gone")
+        beyond = [n for n in os.listdir(f"/proc/{poor.dispatcher}/fd") if int(n) >= 60]
+        assert len(beyond) <= 2  # a connection, and a look
+        (old,) = poor.workers
+        poor.tell(signal.SIGHUP)
+        wait_for(lambda: old not in poor.workers, "the old one's end")
+    assert poor.get("/hello").status == 200
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")
