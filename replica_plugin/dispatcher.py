@@ -347,7 +347,7 @@ class Dispatcher:
     def _another_may_have(self, link: Link) -> bool:
         """Whether what this process could not take, one might that has not just said the same."""
         others = (p for p in self._decisions.roster.usable if p.age != link.age)
-        return self._stopping.stop is None and any(not (p.blocked or p.stalled) for p in others)
+        return not self._decisions.given_up and any(not (p.blocked or p.stalled) for p in others)
 
     def _on_explained(self, link: Link, report: Report) -> None:
         stall = decode_stall(report.carry)

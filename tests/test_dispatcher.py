@@ -474,7 +474,10 @@ def test_what_the_only_process_has_no_descriptor_for_is_answered_and_its_slot_is
     assert address(replica.job()) == second.getsockname()
 
 
-def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent_nothing(replica):
+@pytest.mark.parametrize("stopping", [False, True])
+def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent_nothing(
+    replica, stopping
+):
     dispatcher = replica.dispatcher
     decisions, now = dispatcher._decisions, time.monotonic()
     rules = replace(decisions.rules, processes=2)
@@ -484,6 +487,8 @@ def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent
     ask(client)
     replica.turn()
     untaken = replica.job()
+    if stopping:
+        dispatcher._stopping.begin(Stop(True, now + PATIENCE), dispatcher._wishes, now)
     replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
     replica.turn()
     assert list(decisions.waiting) == [untaken.request]

@@ -117,6 +117,25 @@ def test_requests_for_which_one_process_has_no_descriptor_go_to_the_others(start
     wait_for(lambda: server.get("/numbers").json["pid"] == poor, "its turn")
 
 
+@IN_BOTH_MODES
+def test_what_waits_in_a_stop_is_not_refused_since_one_process_has_no_descriptor(start):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 1})
+    clients = [server.connect().ask("/hold/x")]
+    actor = start.stage.next()
+    clients += [server.connect().send("GET /hello HTTP/1.1\r\nHo") for _ in range(5)]
+    server.wait_numbers(running=1, connections=6)
+    (poor,) = set(server.workers) - {actor.pid}
+    leave_no_descriptor(poor)
+    server.tell(signal.SIGTERM)
+    server.wait_closed()
+    for client in clients[1:]:
+        client.send("st: test\r\n\r\n")
+    server.wait_log(rf"Out of descriptors: process {poor} could not take a request")
+    actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 6
+    assert server.stop() == 0
+
+
 def leave_no_descriptor(worker: int) -> tuple[int, int]:
     """Of a process that has had no client yet, whose descriptor it could let go of."""
     limits = resource.prlimit(worker, resource.RLIMIT_NOFILE)
