@@ -66,7 +66,7 @@ def test_a_soft_limit_that_is_too_low_for_the_slots_of_a_process_is_told():
     assert shortages(PLENTY, 1024, 4, 1000, 2048) == [
         "Open files: the soft limit (1024) is too low for 1000 slots in a process. Raise it to "
         "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which no "
-        "process has a descriptor get 503."
+        "process has a descriptor wait for one, and get 503 if none is about to be free."
     ]
 
 
@@ -115,6 +115,22 @@ def test_requests_for_which_one_process_has_no_descriptor_go_to_the_others(start
         assert (reply.status, reply.json["pid"]) == (200, rich)
     resource.prlimit(poor, resource.RLIMIT_NOFILE, limits)
     wait_for(lambda: server.get("/numbers").json["pid"] == poor, "its turn")
+
+
+@IN_BOTH_MODES
+def test_requests_for_which_busy_processes_have_no_descriptor_wait_until_one_of_theirs_ends(start):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 2})
+    clients = [server.connect().ask("/hold/x") for _ in range(2)]
+    actors = start.stage.take(2)
+    for worker in server.workers:
+        leave_no_descriptor(worker)
+    waiting = [server.connect().ask("/hello") for _ in range(4)]
+    server.wait_log("Out of descriptors: process .* could not take a request")
+    server.wait_numbers(running=2, waiting=4)
+    actors.pop().finish()
+    assert [client.reply().status for client in waiting] == [200] * 4
+    actors.pop().finish()
+    assert [client.reply().status for client in clients] == [200] * 2
 
 
 @IN_BOTH_MODES
