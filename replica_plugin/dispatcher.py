@@ -294,7 +294,7 @@ class Dispatcher:
         """A response is complete, and what its slot still does is not its client's concern."""
         runs = self._decisions.runs(link.age, report.request)
         conn = self.requests.pop(report.request, None) if runs else None
-        if report.rest is None:
+        if report.rest is None and conn is not None:
             self._journal.rest_lost(now)
         if report.rest is None or not self._clients.listeners.has_room(report.rest.fd):
             self._clients.listeners.is_short = True

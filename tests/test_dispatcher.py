@@ -25,6 +25,7 @@ from replica_plugin.deck import take
 from replica_plugin.dispatcher import MOMENT, SHORT, Dispatcher, Frame
 from replica_plugin.journal import Journal
 from replica_plugin.pages import MasterPage, ReplicaPage
+from replica_plugin.rest import Rest
 from replica_plugin.rules import Privileges, Serving, Stop, Wishes
 
 LOGGING = {"loglevel": "error"}
@@ -577,6 +578,22 @@ def test_what_has_no_descriptor_once_a_stop_has_given_up_does_not_wait(replica):
     replica.untaken(untaken)
     replica.turn()
     assert clients[1].recv(12) == b"HTTP/1.1 503"
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_rest_that_was_lost_is_told_if_somebody_waits_for_it(replica, answered, monkeypatch):
+    told: list[float] = []
+    monkeypatch.setattr(replica.dispatcher._journal, "rest_lost", told.append)
+    ask(replica.client())
+    replica.turn()
+    job = replica.job()
+    rest = Rest.of(b"rest")
+    if answered:
+        del replica.dispatcher.requests[job.request]
+    replica.process.send(Report(Kind.REST, job.request, rest=rest).encode())
+    rest.close()
+    replica.turn()
+    assert len(told) == 1 - answered
 
 
 def test_what_a_dead_process_had_not_begun_is_not_sent_again_for_a_client_that_left(replica):
