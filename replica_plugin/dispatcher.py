@@ -46,7 +46,7 @@ from .rules import Stop, Wishes, decode_wishes
 from .stopping import Stopping
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
-SHORT = 1.0  # seconds a process that is out of descriptors is sent nothing, if others are not
+SHORT = 1.0  # seconds a process that is out of descriptors is sent nothing, unless one is done
 MOMENT = 0.005  # seconds after an event at which the clock is looked at, at the latest
 
 
@@ -175,6 +175,7 @@ class Dispatcher:
     def _next_deadline(self) -> float:
         return min(
             self._clients.next_deadline(),
+            self._processes.next_deadline(),
             self._decisions.next_expiry(),
             self._decisions.next_overdue(),
             self._journal.next_deadline(),
@@ -282,6 +283,10 @@ class Dispatcher:
             self.perform(actions, now)
         if conn is not None:
             self._clients.give_back(conn, report, now)
+        if report.kind == Kind.DONE:
+            link.done_at = now
+            if link.short_until < math.inf:
+                link.short_until = now + MOMENT  # the slot is about to let go of its client's
         if link.dismissed:
             self._write_table()
 
@@ -289,7 +294,7 @@ class Dispatcher:
         """A response is complete, and what its slot still does is not its client's concern."""
         runs = self._decisions.runs(link.age, report.request)
         conn = self.requests.pop(report.request, None) if runs else None
-        if report.rest is None:
+        if report.rest is None and conn is not None:
             self._journal.rest_lost(now)
         if report.rest is None or not self._clients.listeners.has_room(report.rest.fd):
             self._clients.listeners.is_short = True
@@ -326,28 +331,37 @@ class Dispatcher:
             self._clients.take_back(self.requests[request])
 
     def _on_returned(self, link: Link, report: Report, now: float) -> None:
-        """No slot has begun it. For one that is UNTAKEN its process has no descriptor: it goes to
-        another one, and for a moment nothing goes to this one, which would always be least busy.
+        """No slot has begun it. For one that is UNTAKEN its process has no descriptor: it waits,
+        and until there is one nothing goes to this process, which might always be least busy.
         """
         request, untaken = report.request, report.end == End.UNTAKEN
         conn = self.requests.get(request)
         if untaken:
             self._journal.untaken(link.pid, now)
         if conn is not None and conn.hung_up:  # nobody waits for it
-            self._on_done(link, Report(Kind.DONE, request, End.ABORT), now)
-        elif untaken and (conn is None or not self._another_may_have(link)):
+            self._on_done(link, report._replace(end=End.ABORT), now)
+        elif untaken and (conn is None or not self._may_be_taken(link, now)):
             self._on_done(link, report, now)
         elif conn is not None and self._decisions.runs(link.age, request):
             if untaken:
-                link.short_until = now + SHORT
+                soon = link.done_at + MOMENT  # or what ends next says when
+                link.short_until = soon if soon > now else now + SHORT
             undo = self._decisions.unsent if untaken else self._decisions.returned
             self.perform(undo(link.age, request, now), now)
             self._take_back([request])
 
-    def _another_may_have(self, link: Link) -> bool:
-        """Whether what this process could not take, one might that has not just said the same."""
-        others = (p for p in self._decisions.roster.usable if p.age != link.age)
-        return self._stopping.stop is None and any(not (p.blocked or p.stalled) for p in others)
+    def _may_be_taken(self, link: Link, now: float) -> bool:
+        """Whether what this process had no descriptor for may find one: in another process that has
+        not just said the same; or in any that works, or did a moment ago, since it gets one back.
+
+        What was only sent is no work, since all of it may come back, and go round for ever.
+        """
+        usable = [p for p in self._decisions.roster.usable if not p.stalled]
+        another = any(p.age != link.age and not p.blocked for p in usable)
+        links = self._processes.links
+        return not self._decisions.given_up and (
+            another or any(_works(links[p.age], now) for p in usable)
+        )
 
     def _on_explained(self, link: Link, report: Report) -> None:
         stall = decode_stall(report.carry)
@@ -594,3 +608,7 @@ class Dispatcher:
         if not link.dismissed:
             return link.slots
         return min(link.slots, self._decisions.processes[link.age].running)
+
+
+def _works(link: Link, now: float) -> bool:
+    return now - link.done_at < SHORT or bool(link.cells.begun())

@@ -77,6 +77,7 @@ class Listeners:
     def __init__(self, epoll: select.epoll, listeners: Iterable[Listener]) -> None:
         self.paused_until = math.inf
         self.is_short = False  # of what a connection needs, when that was looked at last
+        self._beyond: Connection | None = None  # the last that took one that is left to others
         self.wanted = True  # connections, now
         self._epoll = epoll
         self.leave_room(1)
@@ -108,8 +109,8 @@ class Listeners:
 
     def accept(self, fd: int, now: float, most: int = ACCEPTS) -> Iterator[Connection | None]:
         """New connections, up to a number; None at the end if there are no more for now."""
-        self._see_whether_short()
         for _ in range(most):
+            self._see_whether_short()
             if self.is_short:
                 break
             try:
@@ -119,8 +120,11 @@ class Listeners:
                 return
             except OSError as error:  # others are those of a client that was too quick
                 self.is_short = error.errno in _SHORTAGE
+                if self.is_short:
+                    break
             else:
-                self.is_short = not self.has_room(conn.fd)
+                if not self.has_room(conn.fd):
+                    self.is_short, self._beyond = True, conn
                 yield conn
         if self.is_short:
             self._pause(now)
@@ -131,7 +135,13 @@ class Listeners:
         return fd < self._most
 
     def _see_whether_short(self) -> None:
-        """Whether the next connection would still take a descriptor that is not for connections."""
+        """Whether the next connection would take a descriptor that is not for connections.
+
+        One has to take one before we look; as long as it has it, we look each time, so that it is
+        the only one.
+        """
+        if self._beyond is not None and self._beyond.sock.fileno() >= 0:
+            self.is_short = True
         if self.is_short:
             with suppress(OSError):
                 number = os.dup(self._epoll.fileno())

@@ -67,8 +67,8 @@ def shortages(machine: Machine, bound: int, processes: int, slots: int, backlog:
         found.append(
             f"Open files: the soft limit ({machine.soft}) is too low for {slots} slots in a "
             f"process. Raise it to {slots + OWN} or more (ulimit -n), or lower "
-            "threads_per_process. Until then requests for which no process has a descriptor get "
-            "503."
+            "threads_per_process. Until then requests for which no process has a descriptor wait "
+            "for one, and get 503 if none is about to be free."
         )
     if machine.backlog is not None and machine.backlog < backlog:
         found.append(

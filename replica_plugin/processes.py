@@ -68,7 +68,9 @@ class Link:
     pidfd: int
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
-    short_until: float = math.inf  # nor could one, or not be taken, for want of something else
+    short_until: float = math.inf  # nor could one, or not be taken, for want of something else;
+    # 0 is whenever we look again
+    done_at: float = -math.inf  # when it has reported a request done, the last time
     heard: bool = False  # anything, on the channel
     deaf_since: float | None = None
     leave_due: bool = False
@@ -131,6 +133,11 @@ class Processes:
             if link.cells.has_stalled(now) is not link.stalled:
                 link.stalled = not link.stalled
                 self._office.on_stall(link, now)
+
+    def next_deadline(self) -> float:
+        """When one that had no descriptor is tried again; infinity if there is none."""
+        times = (link.short_until for link in self.links.values())
+        return min(filter(None, times), default=math.inf)
 
     def _see_to_deaf(self, link: Link, now: float) -> None:
         if link.deaf_since is None:
@@ -345,7 +352,7 @@ class Processes:
         this user's are under way, whoever has sent them: `watch` tries again.
         """
         if error.errno in _SHORTAGE:
-            link.short_until = 0.0  # whenever we look again
+            link.short_until = 0.0
             self._office.on_undeliverable(error)
         elif link.open and not link.full and error.errno == errno.EAGAIN:
             link.full = True

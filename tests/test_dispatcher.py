@@ -22,9 +22,10 @@ from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Job, Kind, Report
 from replica_plugin.decisions import Rules
 from replica_plugin.deck import take
-from replica_plugin.dispatcher import MOMENT, Dispatcher, Frame
+from replica_plugin.dispatcher import MOMENT, SHORT, Dispatcher, Frame
 from replica_plugin.journal import Journal
 from replica_plugin.pages import MasterPage, ReplicaPage
+from replica_plugin.rest import Rest
 from replica_plugin.rules import Privileges, Serving, Stop, Wishes
 
 LOGGING = {"loglevel": "error"}
@@ -34,14 +35,15 @@ TURNS = 5
 class Replica:
     """A dispatcher in this process, of 1 x 1, bound 2; the test is its process and its clients."""
 
-    def __init__(self) -> None:
+    def __init__(self, slots: int = 1) -> None:
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.listener.setblocking(False)
         control, self._writing = channel.control_pair()
         self.page = ReplicaPage()
         nudge, master = os.eventfd(0, os.EFD_NONBLOCK), os.pidfd_open(os.getppid())
         wishes = Wishes(
-            rules=Rules(bound=2), serving=Serving(), live=(1,), first=1, most_threads=1,
+            rules=Rules(threads=slots, bound=2), serving=Serving(), live=(1,), first=1,
+            most_threads=slots,
             graceful_timeout=30.0, privileges=Privileges(os.getuid(), os.getgid(), False),
             logging=LOGGING,
         )  # fmt: skip
@@ -49,15 +51,16 @@ class Replica:
         frame = Frame((self.listener,), control, *pages, nudge, master, os.getppid())
         self.dispatcher = Dispatcher(frame, wishes, Journal(LOGGING))
         self.process, theirs = channel.pair()
-        offer = channel.Register(age=1, slots=1, owed=0, leaving=False)
-        self.cells = cells = Cells(1)
+        offer = channel.Register(age=1, slots=slots, owed=0, leaving=False)
+        self.cells = cells = Cells(slots)
         channel.send_register(
             self._writing, offer, theirs.fileno(), cells.fd, os.pidfd_open(os.getpid())
         )
         self.turn()
         assert self.receive() == channel.WELCOME
-        self.process.send(channel.FREE)
-        self.dispatcher.turn()
+        for _ in range(slots):
+            self.process.send(channel.FREE)
+        self.turn()
 
     def turn(self) -> None:
         """Until all that was there is seen to."""
@@ -82,6 +85,11 @@ class Replica:
         request = took.request if took else 0
         self.process.send(Report(Kind.DONE, job.request, End.CLOSE, took=request).encode())
 
+    def untaken(self, job: Job | None) -> None:
+        """There was no descriptor for it."""
+        assert job is not None
+        self.process.send(Report(Kind.RETURNED, job.request, End.UNTAKEN).encode())
+
     def take(self) -> Job | None:
         """What lies first on the deck."""
         taken = take(self.dispatcher._processes.deck.end)
@@ -101,8 +109,8 @@ class Replica:
 
 
 @pytest.fixture
-def replica() -> Iterator[Replica]:
-    replica = Replica()
+def replica(request: pytest.FixtureRequest) -> Iterator[Replica]:
+    replica = Replica(getattr(request, "param", 1))
     yield replica
     for conn in list(replica.dispatcher._clients.connections.values()):
         conn.sock.close()
@@ -468,13 +476,16 @@ def test_what_the_only_process_has_no_descriptor_for_is_answered_and_its_slot_is
     ask(second)
     replica.turn()
     untaken = replica.job()
-    replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
+    replica.untaken(untaken)
     replica.turn()
     assert first.recv(12) == b"HTTP/1.1 503"
     assert address(replica.job()) == second.getsockname()
 
 
-def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent_nothing(replica):
+@pytest.mark.parametrize("stopping", [False, True])
+def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent_nothing(
+    replica, stopping
+):
     dispatcher = replica.dispatcher
     decisions, now = dispatcher._decisions, time.monotonic()
     rules = replace(decisions.rules, processes=2)
@@ -484,7 +495,9 @@ def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent
     ask(client)
     replica.turn()
     untaken = replica.job()
-    replica.process.send(Report(Kind.RETURNED, untaken.request, End.UNTAKEN).encode())
+    if stopping:
+        dispatcher._stopping.begin(Stop(True, now + PATIENCE), dispatcher._wishes, now)
+    replica.untaken(untaken)
     replica.turn()
     assert list(decisions.waiting) == [untaken.request]
     assert replica.job() is None
@@ -493,6 +506,94 @@ def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent
     assert replica.job() is None
     dispatcher._processes.watch(link.short_until)
     assert address(replica.job()) == client.getsockname()
+
+
+with_two_slots = pytest.mark.parametrize("replica", [2], indirect=True)
+
+
+@with_two_slots
+def test_what_a_process_has_no_descriptor_for_waits_for_the_end_of_what_it_has_begun(replica):
+    """It is not sent again before, and soon after."""
+    first, second = replica.client(), replica.client()
+    ask(first)
+    ask(second)
+    replica.turn()
+    begun, untaken = replica.job(), replica.job()
+    replica.cells.begin(0, begun.request)
+    replica.untaken(untaken)
+    replica.turn()
+    assert list(replica.dispatcher._decisions.waiting) == [untaken.request]
+    assert replica.job() is None
+    replica.done(begun)
+    replica.cells.end(0)
+    replica.turn()
+    link = replica.dispatcher._processes.links[1]
+    assert replica.dispatcher._next_deadline() == link.short_until <= time.monotonic() + MOMENT
+    replica.dispatcher._processes.watch(link.short_until)
+    assert address(replica.job()) == second.getsockname()
+
+
+@with_two_slots
+def test_what_a_process_had_no_descriptor_for_before_another_ended_waits_for_a_moment(replica):
+    """The end was reported first. But it is no reason to wait for ever: the app may have it."""
+    client = replica.client()
+    ask(replica.client())
+    ask(client)
+    replica.turn()
+    begun, untaken = replica.job(), replica.job()
+    replica.done(begun)
+    replica.untaken(untaken)
+    replica.turn()
+    link = replica.dispatcher._processes.links[1]
+    assert link.short_until == link.done_at + MOMENT
+    replica.dispatcher._processes.watch(link.short_until)
+    link.done_at -= SHORT
+    replica.untaken(replica.job())
+    replica.turn()
+    assert client.recv(12) == b"HTTP/1.1 503"
+
+
+@with_two_slots
+def test_what_a_process_without_any_descriptor_has_not_begun_is_answered_at_once(replica):
+    """What others have been sent is no reason to wait: they may not have begun it, either."""
+    clients = replica.client(), replica.client()
+    for client in clients:
+        ask(client)
+    replica.turn()
+    for job in (replica.job(), replica.job()):
+        replica.untaken(job)
+    replica.turn()
+    assert [client.recv(12) for client in clients] == [b"HTTP/1.1 503"] * 2
+
+
+@with_two_slots
+def test_what_has_no_descriptor_once_a_stop_has_given_up_does_not_wait(replica):
+    clients = replica.client(), replica.client()
+    for client in clients:
+        ask(client)
+    replica.turn()
+    begun, untaken = replica.job(), replica.job()
+    replica.cells.begin(0, begun.request)
+    replica.dispatcher._decisions.give_up()
+    replica.untaken(untaken)
+    replica.turn()
+    assert clients[1].recv(12) == b"HTTP/1.1 503"
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_a_rest_that_was_lost_is_told_if_somebody_waits_for_it(replica, answered, monkeypatch):
+    told: list[float] = []
+    monkeypatch.setattr(replica.dispatcher._journal, "rest_lost", told.append)
+    ask(replica.client())
+    replica.turn()
+    job = replica.job()
+    rest = Rest.of(b"rest")
+    if answered:
+        del replica.dispatcher.requests[job.request]
+    replica.process.send(Report(Kind.REST, job.request, rest=rest).encode())
+    rest.close()
+    replica.turn()
+    assert len(told) == 1 - answered
 
 
 def test_what_a_dead_process_had_not_begun_is_not_sent_again_for_a_client_that_left(replica):

@@ -9,11 +9,12 @@ import http.client
 import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
 import pytest
-from server import IN_BOTH_MODES, Server, wait_for
+from server import IN_BOTH_MODES, Load, Server, wait_for
 from tracing import tracing
 
 from replica_plugin.answers import UNTAKEN
@@ -65,7 +66,7 @@ def test_a_soft_limit_that_is_too_low_for_the_slots_of_a_process_is_told():
     assert shortages(PLENTY, 1024, 4, 1000, 2048) == [
         "Open files: the soft limit (1024) is too low for 1000 slots in a process. Raise it to "
         "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which no "
-        "process has a descriptor get 503."
+        "process has a descriptor wait for one, and get 503 if none is about to be free."
     ]
 
 
@@ -114,6 +115,41 @@ def test_requests_for_which_one_process_has_no_descriptor_go_to_the_others(start
         assert (reply.status, reply.json["pid"]) == (200, rich)
     resource.prlimit(poor, resource.RLIMIT_NOFILE, limits)
     wait_for(lambda: server.get("/numbers").json["pid"] == poor, "its turn")
+
+
+@IN_BOTH_MODES
+def test_requests_for_which_busy_processes_have_no_descriptor_wait_until_one_of_theirs_ends(start):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 2})
+    clients = [server.connect().ask("/hold/x") for _ in range(2)]
+    actors = start.stage.take(2)
+    for worker in server.workers:
+        leave_no_descriptor(worker)
+    waiting = [server.connect().ask("/hello") for _ in range(4)]
+    server.wait_log("Out of descriptors: process .* could not take a request")
+    server.wait_numbers(running=2, waiting=4)
+    actors.pop().finish()
+    assert [client.reply().status for client in waiting] == [200] * 4
+    actors.pop().finish()
+    assert [client.reply().status for client in clients] == [200] * 2
+
+
+@IN_BOTH_MODES
+def test_what_waits_in_a_stop_is_not_refused_since_one_process_has_no_descriptor(start):
+    server = start(config={"processes_per_replica": 2, "threads_per_process": 1})
+    clients = [server.connect().ask("/hold/x")]
+    actor = start.stage.next()
+    clients += [server.connect().send("GET /hello HTTP/1.1\r\nHo") for _ in range(5)]
+    server.wait_numbers(running=1, connections=6)
+    (poor,) = set(server.workers) - {actor.pid}
+    leave_no_descriptor(poor)
+    server.tell(signal.SIGTERM)
+    server.wait_closed()
+    for client in clients[1:]:
+        client.send("st: test\r\n\r\n")
+    server.wait_log(rf"Out of descriptors: process {poor} could not take a request")
+    actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 6
+    assert server.stop() == 0
 
 
 def leave_no_descriptor(worker: int) -> tuple[int, int]:
@@ -216,6 +252,17 @@ def test_idle_connections_make_room_for_new_ones(poor):
         assert client.get("/hello").status == 200
         idle.append(client)
     assert sum(client.is_readable() for client in idle) >= 40
+
+
+def test_a_flood_of_connections_that_end_leaves_processes_that_start_their_descriptors(poor):
+    with Load(poor, "/sleep/0.02", clients=120) as load:
+        wait_for(lambda: load.answered > 150, "connections to have come and gone")
+        beyond = [n for n in os.listdir(f"/proc/{poor.dispatcher}/fd") if int(n) >= 60]
+        assert len(beyond) <= 2  # a connection, and a look
+        (old,) = poor.workers
+        poor.tell(signal.SIGHUP)
+        wait_for(lambda: old not in poor.workers, "the old one's end")
+    assert poor.get("/hello").status == 200
 
 
 @pytest.mark.skipif(not shutil.which("strace"), reason="needs strace")

@@ -9,6 +9,7 @@ import select
 import shutil
 import socket
 import subprocess
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -108,6 +109,26 @@ def test_a_stop_during_such_a_moment_waits_for_its_end_before_it_listens_again()
             assert epoll.poll(0) == []
             found.tick(1.0 + PAUSE)
             assert epoll.poll(0)
+
+
+def test_connections_that_come_as_others_end_never_take_what_is_left_to_others(monkeypatch):
+    """But for one: only such a connection tells that all others are taken."""
+    with socket.create_server(("127.0.0.1", 0)) as sock, select.epoll() as epoll:
+        sock.setblocking(False)
+        fd, found = sock.fileno(), Listeners(epoll, [Listener(sock)])
+        clients = [socket.create_connection(sock.getsockname()) for _ in range(30)]
+        most = os.dup(fd) + 10
+        os.close(most - 10)
+        monkeypatch.setattr(found, "_most", most)
+        held: deque[Connection] = deque()
+        for now in range(15):
+            held.extend(filter(None, found.accept(fd, now)))
+            assert sum(conn.fd >= most for conn in held) <= 1
+            held.popleft().sock.close()
+            found.tick(now + PAUSE)
+        assert len(held) >= 10
+        for each in (*held, *clients):
+            getattr(each, "sock", each).close()
 
 
 class Office:
