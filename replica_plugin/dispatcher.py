@@ -286,7 +286,8 @@ class Dispatcher:
         if report.kind == Kind.DONE:
             link.done_at = now
             if link.short_until < math.inf:
-                link.short_until = now + MOMENT  # the slot is about to let go of its client's
+                # The slot is about to let go of its client's.
+                link.short_until = min(link.short_until, now + MOMENT)
         if link.dismissed:
             self._write_table()
 

@@ -311,7 +311,8 @@ class Master:
         """In a worker that ends. In `post_fork`, say, it has failed before we could see to it; and
         gunicorn fails, too, if it cannot print why."""
         if not isinstance(error, SystemExit):
-            self._arbiter.log.exception("A process failed")
+            with suppress(Exception):  # else it would go on
+                self._arbiter.log.exception("A process failed")
             fail(self.load_page)
         if error.code in HALT:
             fail(self.load_page)

@@ -57,14 +57,26 @@ class Queue(OrderedDict[int, Wait]):
         return request, wait
 
     def put_back(self, requests: Iterable[tuple[int, Wait]]) -> None:
-        """Put requests that were taken out where their numbers belong, near the head."""
-        back = dict(requests)
-        while self and back and next(iter(self)) < max(back):
-            request, wait = self.take()
-            back[request] = wait
-        for request in sorted(back, reverse=True):
-            self.append(request, back[request])
+        """Put requests that were taken out where their numbers belong."""
+        for request, wait in sorted(requests, reverse=True):
+            self._insert(request, wait)
+
+    def _insert(self, request: int, wait: Wait) -> None:
+        """From the end that is nearer: a process may give back hundreds, one after the other."""
+        older: list[int] = []
+        newer: list[int] = []
+        at_head = False
+        for first, last in zip(self, reversed(self), strict=True):
+            at_head = first > request
+            if at_head or last < request:
+                break
+            older.append(first)
+            newer.append(last)
+        self.append(request, wait)
+        if at_head:
             self.move_to_end(request, last=False)
+        for each in reversed(older if at_head else newer):
+            self.move_to_end(each, last=not at_head)
 
     def next_expiry(self, limit: float) -> float:
         """When one of them has waited for `limit`, or its own; infinity if none ever has."""

@@ -204,7 +204,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         rest = max(loading.END_TIME, rest)
         why = "A thread of the app, or an atexit handler, has not ended in time: leaving"
         end_within(rest, 1, partial(self.log.error, why))
-        self._put_off_timeout(rest)
+        if not self.aborted:
+            self._put_off_timeout(rest)
 
     def _hold_signals(self) -> None:
         """The app forks: what the child is sent at once waits until it has parted from us."""
@@ -339,7 +340,8 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         super().handle_quit(sig, frame)
 
     def handle_abort(self, sig: int, frame: Any) -> None:
-        """ABRT: the master has not seen a heartbeat for `timeout`."""
+        """ABRT: the master has not seen a heartbeat for `timeout`; KILL follows a second later."""
+        self.aborted = True
         self.serving = False
         super().handle_abort(sig, frame)
 

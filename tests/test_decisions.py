@@ -8,6 +8,7 @@ import pytest
 
 from replica_plugin.actions import Dismiss, Lost, Refuse, Send, Why
 from replica_plugin.decisions import Decisions, Rules
+from replica_plugin.request_queue import Queue
 
 
 def replica(
@@ -188,6 +189,24 @@ def test_what_a_stalled_process_gives_back_goes_elsewhere_at_once_or_to_the_head
     assert list(decisions.waiting) == [3, 5]
     assert decisions.done(1, 2, 0.0) == [Send(3, 1)]
     assert decisions.running == 3
+
+
+def test_hundreds_that_come_back_one_after_the_other_move_few_of_those_that_wait(monkeypatch):
+    moved = []
+
+    class Counting(Queue):
+        def move_to_end(self, key, last=True):
+            moved.append(key)
+            super().move_to_end(key, last)
+
+    monkeypatch.setattr("replica_plugin.decisions.Queue", Counting)
+    decisions = replica(1, 400, bound=1000)
+    arrive(decisions, *range(1, 411))
+    decisions.stalled(1)
+    for request in range(1, 401):
+        decisions.returned(1, request, 0.0)
+    assert list(decisions.waiting) == list(range(1, 411))
+    assert len(moved) < 400 * 12
 
 
 def test_a_stalled_process_is_usable_and_ready_all_the_same():

@@ -509,10 +509,19 @@ def test_what_one_process_has_no_descriptor_for_waits_for_another_and_it_is_sent
 
 
 with_two_slots = pytest.mark.parametrize("replica", [2], indirect=True)
+LATER = 60.0  # in place of what is over in no time
+
+
+@pytest.fixture
+def unhurried(monkeypatch):
+    """A process is not tried again while a test looks."""
+    monkeypatch.setattr("replica_plugin.dispatcher.MOMENT", LATER)
 
 
 @with_two_slots
-def test_what_a_process_has_no_descriptor_for_waits_for_the_end_of_what_it_has_begun(replica):
+def test_what_a_process_has_no_descriptor_for_waits_for_the_end_of_what_it_has_begun(
+    replica, unhurried
+):
     """It is not sent again before, and soon after."""
     first, second = replica.client(), replica.client()
     ask(first)
@@ -528,13 +537,39 @@ def test_what_a_process_has_no_descriptor_for_waits_for_the_end_of_what_it_has_b
     replica.cells.end(0)
     replica.turn()
     link = replica.dispatcher._processes.links[1]
-    assert replica.dispatcher._next_deadline() == link.short_until <= time.monotonic() + MOMENT
+    assert replica.dispatcher._next_deadline() == link.short_until <= time.monotonic() + LATER
     replica.dispatcher._processes.watch(link.short_until)
     assert address(replica.job()) == second.getsockname()
 
 
+@pytest.mark.parametrize("replica", [3], indirect=True)
+def test_a_process_at_its_limit_is_tried_after_the_first_end_though_others_follow(
+    replica, unhurried
+):
+    decisions = replica.dispatcher._decisions
+    decisions.rules = replace(decisions.rules, bound=3)
+    clients = [replica.client() for _ in range(3)]
+    for client in clients:
+        ask(client)
+    replica.turn()
+    begun, untaken = [replica.job(), replica.job()], replica.job()
+    for index, job in enumerate(begun):
+        replica.cells.begin(index, job.request)
+    replica.untaken(untaken)
+    replica.turn()
+    replica.done(begun[0])
+    replica.turn()
+    link = replica.dispatcher._processes.links[1]
+    tried_at = link.short_until
+    replica.done(begun[1])
+    replica.turn()
+    assert link.done_at < link.short_until == tried_at
+
+
 @with_two_slots
-def test_what_a_process_had_no_descriptor_for_before_another_ended_waits_for_a_moment(replica):
+def test_what_a_process_had_no_descriptor_for_before_another_ended_waits_for_a_moment(
+    replica, unhurried
+):
     """The end was reported first. But it is no reason to wait for ever: the app may have it."""
     client = replica.client()
     ask(replica.client())
@@ -545,7 +580,7 @@ def test_what_a_process_had_no_descriptor_for_before_another_ended_waits_for_a_m
     replica.untaken(untaken)
     replica.turn()
     link = replica.dispatcher._processes.links[1]
-    assert link.short_until == link.done_at + MOMENT
+    assert link.short_until == link.done_at + LATER
     replica.dispatcher._processes.watch(link.short_until)
     link.done_at -= SHORT
     replica.untaken(replica.job())

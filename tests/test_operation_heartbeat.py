@@ -42,6 +42,28 @@ def test_with_one_thread_a_request_stuck_with_the_gil_costs_its_process_and_nobo
     assert_replaced(server, pid)
 
 
+LINGERS = """\
+import threading, time
+from served_app import application
+threading.Thread(target=time.sleep, args=(1000,)).start()
+"""
+
+
+def test_a_stuck_request_costs_its_process_soon_whatever_threads_of_the_app_do(start, stage):
+    """It was to end: its end has not what is left of graceful_timeout."""
+    server = start(
+        "--timeout", "2", "--graceful-timeout", "1000",
+        config={"processes_per_replica": 1}, app="lingers:application",
+        files={"lingers.py": LINGERS},
+    )  # fmt: skip
+    stuck = server.later("/hold/stuck")
+    actor = stage.next()
+    server.wait_log("Booting worker", 2)
+    assert actor.vanished()
+    assert stuck.result().status == 500
+    assert server.get("/hello").status == 200
+
+
 def assert_replaced(server, pid):
     wait_for(lambda: len(server.workers) == 2 and pid not in server.workers, "a successor")
     server.wait_numbers(processes=2, running=0)
