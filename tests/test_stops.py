@@ -483,7 +483,7 @@ import atexit, time
 from served_app import application
 
 def bye():
-    time.sleep(3)
+    time.sleep(4)
     open("done", "x").close()
 
 atexit.register(bye)
@@ -493,7 +493,7 @@ atexit.register(bye)
 @pytest.mark.parametrize("t", [1, 2])
 def test_what_the_app_does_at_its_end_may_take_longer_than_timeout(start, t):
     """The process beats no more, and has graceful_timeout."""
-    options = ("--graceful-timeout", "20", "--timeout", "1")
+    options = ("--graceful-timeout", "20", "--timeout", "2")
     config = {"processes_per_replica": 1, "threads_per_process": t}
     server = start(*options, config=config, files={"bye.py": BYE}, app="bye:application")
     server.tell(signal.SIGTERM, server.workers[0])
