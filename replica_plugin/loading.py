@@ -12,7 +12,7 @@
    the next one sooner than in 1 to 60 s, so that it does not fork and fail in a circle; but at once
    when one that had the app ends, and with HUP, TTIN and TTOU.
 4. Python ends when all threads have. Those of an app that failed have END_TIME for it; of one that
-   was served, what is left of graceful_timeout, if that is more.
+   has served, what is left of graceful_timeout, if that is more.
 """
 
 from __future__ import annotations

@@ -68,8 +68,9 @@ class Link:
     pidfd: int
     open: bool = True  # the channel has not ended
     full: bool = False  # a message could not be delivered
-    short_until: float = math.inf  # nor could one, or not be taken, for want of something else;
-    # 0 is whenever we look again
+    # Nor could one, or it could not be taken, for want of something else: tried again then, or, if
+    # 0, whenever we look.
+    short_until: float = math.inf
     done_at: float = -math.inf  # when it has reported a request done, the last time
     heard: bool = False  # anything, on the channel
     deaf_since: float | None = None
