@@ -527,8 +527,8 @@ class Dispatcher:
                 "Process %d has a stuck request: it finishes what else it runs, and is replaced",
                 self._processes.links[age].pid,
             )
+        self._write_table()  # before it can have left, which is sooner than we may go on
         self._processes.dismiss(age)
-        self._write_table()
 
     def _kill(self, age: int) -> None:
         """The process cannot be asked, or has not found an end."""
@@ -606,9 +606,8 @@ class Dispatcher:
     def _most_busy(self, link: Link) -> int:
         """How many of its slots may be busy when we have died. One that is dismissed begins nothing
         more; and if all it has left to do is to end, it never registers again."""
-        if not link.dismissed:
-            return link.slots
-        return min(link.slots, self._decisions.processes[link.age].running)
+        process = self._decisions.processes[link.age]
+        return min(link.slots, process.running) if process.dismissed else link.slots
 
 
 def _works(link: Link, now: float) -> bool:

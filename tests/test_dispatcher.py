@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from stage import PATIENCE
 
-from replica_plugin import channel, doubts
+from replica_plugin import channel, doubts, processes
 from replica_plugin.cells import Cells
 from replica_plugin.channel import End, Job, Kind, Report
 from replica_plugin.decisions import Rules
@@ -238,8 +238,8 @@ def is_unanswered(client: socket.socket) -> bool:
 def test_connections_leave_room_to_as_many_processes_as_the_master_wants(replica, monkeypatch):
     monkeypatch.setattr(resource, "getrlimit", lambda what: (1024, 1024))
     dispatcher, wishes = replica.dispatcher, replica.dispatcher._wishes
-    for processes, room in ((1, 952), (10, 880), (1, 952)):
-        rules = replace(wishes.rules, processes=processes)
+    for count, room in ((1, 952), (10, 880), (1, 952)):
+        rules = replace(wishes.rules, processes=count)
         dispatcher._obey(replace(wishes, rules=rules), time.monotonic())
         assert sum(map(dispatcher._clients.listeners.has_room, range(1024))) == room
 
@@ -387,6 +387,15 @@ def test_a_request_taken_off_the_deck_has_request_timeout_from_then_on(full):
     replica.done(job, took)
     replica.turn()
     assert replica.dispatcher._decisions.overdue_at(took.request) < time.monotonic() + 5
+
+
+def test_a_process_is_known_to_leave_before_it_is_told(replica, monkeypatch):
+    """It may have left, and end for long, when the dispatcher dies on the next line."""
+    monkeypatch.setattr(processes, "send", lambda *_: tables.append(replica.page.read_table()))
+    tables = []
+    replica.process.send(channel.LEAVING)
+    replica.turn()
+    assert tables == [[(1, 0, os.getpid())]]
 
 
 def test_what_lies_on_the_deck_of_a_client_that_leaves_is_taken_back(full):
