@@ -238,7 +238,7 @@ class Dispatcher:
         roster = self._decisions.roster
         if name.endswith(b"readyz"):
             return answers.probe(roster.is_ready, "ready", "not ready")
-        return answers.probe(roster.is_healthy, "healthy", "no process is usable or booting")
+        return answers.probe(roster.is_healthy, "healthy", "there is no process")
 
     # What the processes' side tells (processes.Office).
 

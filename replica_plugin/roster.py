@@ -46,8 +46,9 @@ class Roster:
 
     @property
     def is_healthy(self) -> bool:
-        """Whether healthz says 200: a process is usable, or one is on its way."""
-        return bool(self.usable) or self.booting
+        """Whether healthz says 200: there is a process, if only one that boots, or is to leave and
+        has a successor then."""
+        return bool(self.processes) or self.booting
 
     def told(self, wanted: int, live: Iterable[int], first: int) -> None:
         """The master's word: p, the ages of its processes, and of the first since a reload."""
@@ -79,13 +80,14 @@ class Roster:
 
         Either p newer ones are ready; or no successor is loading, since gunicorn will fork
         one only when this process has gone, and then one process leaves at a time. But not
-        while that one may not be able to load the app, or not have the time for it.
+        while gunicorn would fork none, since others have not ended yet; nor while that one may
+        not be able to load the app, or not have the time for it.
         """
         if self.stopping:
             return self.drained
         if self._is_replaced(process):
             return True
-        enough = len(self._present()) >= self.wanted
+        enough = len(self._present()) >= self.wanted >= len(self.live)
         return enough and not (self.booting or self.cannot_load or self.draining)
 
     def _registered(self) -> set[int]:

@@ -345,6 +345,7 @@ class Model:
         elif len(self.present()) <= self.rules.processes:  # one less is one too few
             assert not self.loading(), "P7: not below p while a successor loads"
             assert not self.cannot_load(), "P7: not below p while none can load"
+            assert len(self.live) <= self.rules.processes, "P7: not while nobody would be forked"
             assert len(self.present()) == self.rules.processes, "P7: one at a time"
         if not (self._may_leave(process) and asked):
             assert self._may_end_another(), "P11: not more often than is promised"
@@ -354,7 +355,7 @@ class Model:
     def _may_leave(self, process):
         if self.stopping:
             return self.drained
-        enough = len(self.present()) >= self.rules.processes
+        enough = len(self.present()) >= self.rules.processes >= len(self.live)
         spared = enough and not self.loading() and not self.cannot_load()
         return spared or self._is_replaced(process)
 
@@ -474,7 +475,7 @@ class Model:
         assert len(decisions.roster.usable) == len(self.usable())
         assert decisions.roster.booting == bool(self.loading())
         assert decisions.roster.cannot_load == self.cannot_load()
-        assert decisions.roster.is_healthy == bool(self.usable() or self.loading())
+        assert decisions.roster.is_healthy == bool(self.processes or self.loading())
         ready = self.was_ready and bool(self.usable()) and not self.stopping
         assert decisions.roster.is_ready == ready
         assert list(decisions.offered) == self.offered == self.waiting[: len(self.offered)]

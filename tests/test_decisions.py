@@ -281,7 +281,18 @@ def test_no_process_leaves_below_p_while_another_successor_still_loads():
     assert decisions.registered(4, 1) == [Dismiss(1)]
     decisions.died(1, (), 0.0)
     assert decisions.ruled(Rules(3, 1), [2, 3, 4, 6], 0.0) == []  # 5 died while it loaded
-    assert decisions.registered(6, 1) == [Dismiss(2), Dismiss(3)]  # none will come for 5
+    assert decisions.registered(6, 1) == [Dismiss(2)]
+    decisions.died(2, (), 0.0)
+    assert decisions.ruled(Rules(3, 1), [3, 4, 6], 0.0) == [Dismiss(3)]  # for whom one will come
+
+
+def test_no_process_leaves_below_p_while_one_that_has_not_ended_keeps_its_place_from_a_successor():
+    decisions = replica(1, 1)
+    decisions.ruled(Rules(1, 1), [1, 2], 0.0)
+    assert join(decisions, 2, 1) == [Dismiss(1)]
+    assert decisions.leaving(2) == []
+    decisions.died(1, (), 0.0)
+    assert decisions.ruled(Rules(1, 1), [2], 0.0) == [Dismiss(2)]
 
 
 def test_a_process_that_has_not_come_back_after_a_restart_counts_as_a_successor_on_its_way():
@@ -375,13 +386,15 @@ def test_no_processes_wanted_is_not_all_processes_ready():
     assert not decisions.roster.is_ready
 
 
-def test_healthy_means_that_a_process_is_usable_or_on_its_way():
+def test_healthy_means_that_there_is_a_process():
     decisions = Decisions(Rules(1, 1))
     assert not decisions.roster.is_healthy
     decisions.ruled(Rules(1, 1), [1], 0.0)
     assert decisions.roster.is_healthy and decisions.roster.booting
     decisions.registered(1, 1)
     assert decisions.roster.is_healthy and not decisions.roster.booting
+    assert decisions.leaving(1) == [Dismiss(1)]
+    assert decisions.roster.is_healthy and not decisions.roster.is_ready  # until it has ended
     decisions.died(1, (), 0.0)
     decisions.ruled(Rules(1, 1), [], 0.0)
     assert not decisions.roster.is_healthy
@@ -451,10 +464,11 @@ def test_one_that_is_killed_as_it_loads_keeps_nobody_where_another_has_loaded(ki
     assert decisions.leaving(1) == decisions.leaving(2) == []
     if killed_first:
         assert decisions.ruled(Rules(2, 1), [1, 2, 3], 0.0, first=3) == []
-        assert join(decisions, 3, 1) == [Dismiss(1), Dismiss(2)]
-    else:
-        assert join(decisions, 3, 1) == [Dismiss(1)]
-        assert decisions.ruled(Rules(2, 1), [1, 2, 3], 0.0, first=3) == [Dismiss(2)]
+    assert join(decisions, 3, 1) == [Dismiss(1)]
+    if not killed_first:
+        assert decisions.ruled(Rules(2, 1), [1, 2, 3], 0.0, first=3) == []
+    decisions.died(1, (), 0.0)
+    assert decisions.ruled(Rules(2, 1), [2, 3], 0.0, first=3) == [Dismiss(2)]
 
 
 def test_one_that_has_loaded_and_died_keeps_nobody_from_leaving():
