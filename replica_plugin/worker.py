@@ -66,6 +66,12 @@ _WHILE_LOADING: dict[signal.Signals, Any] = {
 }
 
 
+def _turn_away(channel: ProcessEnd) -> None:
+    """The dispatcher cannot send us anything any more; but we can."""
+    with suppress(OSError):  # it was faster, or is dead
+        channel.sock.shutdown(socket.SHUT_RD)
+
+
 class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     """What the worker classes of both modes have in common."""
 
@@ -191,6 +197,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         try:
             self._serve()
         finally:
+            self._take_no_more()
             self._end_in_time()
         # The dispatcher may dismiss us before a signal of the master comes, which would then kill
         # an interpreter that is ending, and has given its handlers up.
@@ -284,8 +291,7 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
         if self._dismissed_at is None:  # the attendant may have seen it before
             self._dismissed_at = time.monotonic()
         self._end()
-        with suppress(OSError):  # the dispatcher was faster
-            channel.sock.shutdown(socket.SHUT_RD)
+        _turn_away(channel)
 
     def offer(self, adopt: Adopt, sock: socket.socket) -> None:
         """Offer a connection to whichever dispatcher comes; if that is not possible it ends."""
@@ -336,14 +342,21 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
 
     def handle_quit(self, sig: int, frame: Any) -> None:
         """QUIT, INT: leave now."""
-        self.serving = False
+        self._take_no_more()
         super().handle_quit(sig, frame)
 
     def handle_abort(self, sig: int, frame: Any) -> None:
         """ABRT: the master has not seen a heartbeat for `timeout`; KILL follows a second later."""
         self.aborted = True
-        self.serving = False
+        self._take_no_more()
         super().handle_abort(sig, frame)
+
+    def _take_no_more(self) -> None:
+        """What comes now is another process's: this one ends, dismissed or not, and an atexit
+        handler may take its time over that."""
+        self.serving = False
+        if self._channel is not None:
+            _turn_away(self._channel)
 
     # The attendant.
 

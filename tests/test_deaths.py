@@ -292,6 +292,21 @@ def test_a_process_that_lingers_at_its_end_keeps_nobody_from_its_room(start, sta
     lingering.finish()
 
 
+def test_a_process_that_was_told_to_quit_takes_nothing_while_it_ends(start, stage, which):
+    server = start(config=TWO, bind=BOTH, app="lingers:application", files={"lingers.py": LINGERS})
+    quitting, other = server.workers
+    server.tell(signal.SIGQUIT, quitting)
+    lingering = stage.next()
+    assert (lingering.name, lingering.pid) == ("end", quitting)
+    clients = hold(server, which, 4)
+    for _ in clients:
+        actor = stage.next()
+        assert actor.pid == other
+        actor.finish()
+    assert [client.reply().status for client in clients] == [200] * 4
+    lingering.finish()
+
+
 @pytest.mark.slow
 def test_a_dispatcher_that_hangs_is_replaced(start, stage, which):
     server = start("--keep-alive", "20", config=TWO, bind=BOTH)
