@@ -71,10 +71,12 @@ def gunicorn_settings() -> dict[str, Any]:
 
 
 def _beside_one_above() -> Callable[..., None]:
-    """Ours, and the one that the user's file has defined above our line, which it replaces."""
+    """Ours, and the one that the user has defined above our line, or what leads to it, which ours
+    replaces."""
     files = list(_files_above())
     _taken_by.update(each.get("__name__", "") for each in files)
-    theirs = files[0].get("nworkers_changed") if files else None
+    name = "nworkers_changed"
+    theirs = next((each[name] for each in files if name in each), None)
     if theirs is None:
         return nworkers_changed
 

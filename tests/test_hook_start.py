@@ -143,13 +143,18 @@ names = {}
 exec(open("theirs").read(), names)
 globals().update((name, value) for name, value in names.items() if name != "__builtins__")
 """
-BESIDE = {"tracer.py": TRACER, **dict.fromkeys(("theirs", "own.py"), f"{HOOKS}\n{IMPORT}")}
+BESIDE = {
+    "tracer.py": TRACER,
+    "base.py": IMPORT,
+    **dict.fromkeys(("theirs", "own.py"), f"{HOOKS}\n{IMPORT}"),
+}
 USERS_FILES = {
     "above": (f"{HOOKS}\n{IMPORT}", ()),
     "below": (f"{IMPORT}\n{HOOKS}", ()),
     "above, under an import hook": (f"import tracer\n{HOOKS}\n{IMPORT}", ()),
     "above, in a text that is executed": (EXECUTED, ()),
     "above, as a module": ("", ("-c", "python:own")),
+    "above, with our line in another file": (f"{HOOKS}\nfrom base import *", ()),
     "without ours": (f"{HOOKS}\nworkers = 2\nthreads = 2", STOCK),
 }
 
