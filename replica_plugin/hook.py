@@ -134,12 +134,14 @@ def master() -> Master | None:
 
 def nworkers_changed(arbiter: Arbiter, new: int, old: int | None) -> None:
     """The number of workers is set: at the start, in a reload, with TTIN and TTOU."""
+    global _log
     if old is None:
         _before_listening(arbiter.cfg, arbiter.log)
         return
     if _master is not None:
         _master.want()
     else:
+        _log = arbiter.log  # of a gunicorn that a reload has brought us
         _forget_alone(arbiter.cfg)
         if boot.is_ours(arbiter.cfg):
             _stay_without(arbiter)

@@ -267,6 +267,12 @@ def test_without_a_dispatcher_hup_reads_the_settings_too(start, form):
     server.tell(signal.SIGHUP)
     wait_for(lambda: len(server.workers) == 3, "three workers")
     (server.folder / "replica.yaml").write_text(BAD)
+    old = server.workers
+    (server.folder / "replica.yaml").write_text(BAD)
+    server.tell(signal.SIGHUP)
+    server.wait_log("The settings from before go on to hold.")
+    wait_for(lambda: not set(old) & set(server.workers), "new workers")
+    wait_for(lambda: len(server.workers) == 2, "two of them")
     server.tell(signal.SIGHUP)
     server.wait_log("The settings from before go on to hold.")
     server.wait_ready()  # gthread resets connections while it reloads
