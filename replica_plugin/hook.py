@@ -30,7 +30,7 @@ from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
 from . import boot, ready_file, stats
-from .config.load import Loaded, load
+from .config.load import Loaded, check_kept, load
 from .config.settings import Settings
 from .errors import BootError, ConfigError, Place, Problem
 
@@ -107,7 +107,10 @@ def _load() -> Loaded:
     global _loaded, _fresh
     _fresh = True
     try:
-        _loaded = _complete(load())
+        loaded = _complete(load())
+        if _loaded is not None:
+            check_kept(loaded, _loaded)
+        _loaded = loaded
     except ConfigError as error:
         if _log is None:
             raise SystemExit(f"\n{error}\n") from None

@@ -131,6 +131,76 @@ def test_a_broken_yaml_is_told_at_hup_and_the_old_settings_hold_until_it_is_mend
     server.wait_numbers(processes=3, slots=3)
 
 
+GONE = (
+    "replica.yaml: must be there in a reload, and not empty, since the settings are from it "
+    "(got {}); put it back and HUP, or restart to run without it\n"
+    "The settings from before go on to hold.\n"
+)
+LOST = {
+    "gone": ({"replica.yaml": None}, "no file"),
+    "empty": ({"replica.yaml": "# two\n"}, "nothing in replica.yaml"),
+    "passed over": ({"replica.yaml": None, "cortex.yaml": "probes: /other/\n"}, "cortex.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", LOST)
+def test_a_file_that_is_lost_is_told_at_hup_and_its_settings_hold_until_it_is_back(start, case):
+    files, seen = LOST[case]
+    server = start(config={"processes_per_replica": 2})
+    old = server.workers
+    change(server.folder, files)
+    reload(server)
+    assert server.log.partition("[ERROR] ")[2].startswith(GONE.format(seen))
+    wait_for(lambda: not set(old) & set(server.workers), "a rolling restart")
+    server.wait_numbers(processes=2, slots=2)
+    reload(server, {"processes_per_replica": 3})
+    server.wait_numbers(processes=3, slots=3)
+    assert server.log.count("[ERROR]") == 1
+
+
+def change(folder, files):
+    for name, text in files.items():
+        if text is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(text)
+
+
+FOUND = {
+    "another that is named": (
+        {"replica.yaml": "probes: /old/\n"},
+        {"replica.yaml": None, "a.yaml": "probes: /new/\n", "named": "a.yaml"},
+    ),
+    "one that has gained something": ({"replica.yaml": ""}, {"replica.yaml": "probes: /new/\n"}),
+    "replica.yaml for cortex.yaml": (
+        {"cortex.yaml": "probes: /old/\n"},
+        {"cortex.yaml": None, "replica.yaml": "probes: /new/\n"},
+    ),
+}
+NAMED = "import os\nos.environ['REPLICA_CONFIG'] = open('named').read()\n"
+
+
+@pytest.mark.parametrize("case", FOUND)
+def test_a_hup_may_find_another_file_and_without_one_before_needs_none(start, case):
+    before, after = FOUND[case]
+    files = {"gunicorn.conf.py": NAMED + IMPORT, "named": "", **before}
+    server = start(base=(), files=files, ready=False)
+    server.wait_log(BOOT)
+    change(server.folder, after)
+    reload(server)
+    wait_for(lambda: server.get("/new/readyz").status == 200, "the new probes")
+    assert "[ERROR]" not in server.log
+
+
+@pytest.mark.parametrize("after", [None, ""])
+def test_a_replica_that_had_no_file_needs_none_at_hup(start, after):
+    server = start(files={"replica.yaml": ""})
+    change(server.folder, {"replica.yaml": after})
+    reload(server)
+    assert server.get("/").status == 200
+    assert "[ERROR]" not in server.log
+
+
 def test_the_longest_settings_can_be_told_at_hup_and_what_is_longer_is_left_out(start):
     text = (
         IMPORT
@@ -197,6 +267,12 @@ def test_a_gunicorn_that_is_given_our_line_at_hup_serves_on_and_says_that_it_nee
         messages(server.log, "ERROR")
         == ["A replica needs a restart of gunicorn; until then its own gthread serves"] * 2
     )
+    old = server.workers
+    (server.folder / "replica.yaml").write_text(BAD)
+    server.tell(signal.SIGHUP)
+    server.wait_log("The settings from before go on to hold.")
+    wait_for(lambda: not set(old) & set(server.workers), "new workers")
+    wait_for(lambda: len(server.workers) == 2, "two of them")
 
 
 REFUSED = {
@@ -267,12 +343,6 @@ def test_without_a_dispatcher_hup_reads_the_settings_too(start, form):
     server.tell(signal.SIGHUP)
     wait_for(lambda: len(server.workers) == 3, "three workers")
     (server.folder / "replica.yaml").write_text(BAD)
-    old = server.workers
-    (server.folder / "replica.yaml").write_text(BAD)
-    server.tell(signal.SIGHUP)
-    server.wait_log("The settings from before go on to hold.")
-    wait_for(lambda: not set(old) & set(server.workers), "new workers")
-    wait_for(lambda: len(server.workers) == 2, "two of them")
     server.tell(signal.SIGHUP)
     server.wait_log("The settings from before go on to hold.")
     server.wait_ready()  # gthread resets connections while it reloads

@@ -40,6 +40,7 @@ class Layer:
     bad: set[str] = field(default_factory=set)
     problems: list[Problem] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    empty: bool = True  # there is no file, or nothing in it
 
     def take(self, key: str, kind: Kind, seen: Seen, place: Place) -> None:
         """Adds the value, or the problem it has."""
@@ -61,6 +62,7 @@ class Layer:
             lower.bad | self.bad,
             lower.problems + self.problems,
             lower.notes + self.notes,
+            lower.empty and self.empty,
         )
 
 

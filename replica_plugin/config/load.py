@@ -25,6 +25,7 @@ class Loaded:
     sources: Mapping[str, str]
     file: str | None
     notes: tuple[str, ...]
+    empty: bool  # there is no file, or nothing in it
 
 
 def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> Loaded:
@@ -40,7 +41,28 @@ def load(path: str | None = None, environ: Mapping[str, str] | None = None) -> L
     check_target(layer)
     if layer.problems:
         raise ConfigError(layer.problems)
-    return Loaded(Settings(**layer.values), _sources(layer), file, tuple(layer.notes))
+    settings = Settings(**layer.values)
+    return Loaded(settings, _sources(layer), file, tuple(layer.notes), layer.empty)
+
+
+def check_kept(loaded: Loaded, before: Loaded) -> None:
+    """Raises ConfigError if the file of before is lost, as for a moment while it is replaced.
+
+    Another file that is named is none that is lost, nor is cortex.yaml that gets a replica.yaml.
+    """
+    if before.empty:
+        return
+    if loaded.empty:
+        seen = f"nothing in {loaded.file}" if loaded.file else "no file"
+    elif (before.file, loaded.file) == USUAL_FILES:
+        seen = USUAL_FILES[1]
+    else:
+        return
+    text = (
+        "must be there in a reload, and not empty, since the settings are from it "
+        f"(got {seen}); put it back and HUP, or restart to run without it"
+    )
+    raise ConfigError([Problem(Place(str(before.file)), text)])
 
 
 def _usual_file() -> str | None:
@@ -65,6 +87,7 @@ def _read_file(path: str | None, environ: Mapping[str, str]) -> Layer:
         layer = flat.read(root, file) if root is not None else Layer()
         layer.notes += _unused_api(environ)
     layer.problems[:0] = document.problems
+    layer.empty = root is None
     if path == USUAL_FILES[0] and os.path.lexists(USUAL_FILES[1]):
         layer.notes.append(f"{USUAL_FILES[1]}: not read, {USUAL_FILES[0]} comes first")
     return layer
