@@ -114,6 +114,7 @@ def test_a_file_left_behind_is_removed_before_the_app_is_loaded_in_the_master(st
 
 def test_a_file_that_is_not_ours_is_not_removed(start):
     server = start(config={**CONFIG, "ready_file": "log"})
+    server.wait_log(f"ready_file {server.folder}/log cannot be kept: it is there, with text")
     assert server.stop() == 0
     assert "Shutting down" in server.log
 
@@ -127,6 +128,45 @@ def test_what_is_no_file_is_left_alone_and_told_and_keeps_nobody_waiting(tmp_pat
         file.show(str(path), ready, 0.0)
     assert told == [f"ready_file {path} cannot be kept: it is no regular file"]
     assert os.listdir(tmp_path) == ["ready"]
+
+
+def test_a_file_with_other_text_is_left_alone_and_told_once_until_it_has_gone(tmp_path):
+    path, told = tmp_path / "ready", []
+    path.write_text("mine")
+    file = ReadyFile(4711, told.append)
+    for now, ready in enumerate([False, True, True, False, True]):
+        file.show(str(path), ready, float(now))
+    problem = (
+        f"ready_file {path} cannot be kept: it is there, with text that is none of ours; "
+        "remove it, or name another"
+    )
+    assert (told, path.read_text()) == ([problem], "mine")
+    path.unlink()
+    file.show(str(path), True, 5.0)
+    assert path.read_text() == "4711\n"
+    path.write_text("mine")
+    file.show(str(path), True, 6.0)
+    assert told == [problem, problem]
+
+
+def test_an_empty_file_as_a_power_cut_leaves_it_is_ours(tmp_path):
+    path, told = tmp_path / "ready", []
+    path.touch()
+    file = ReadyFile(4711, told.append)
+    file.show(str(path), True, 0.0)
+    assert path.read_text() == "4711\n"
+    path.write_text("")
+    file.show(str(path), False, 0.0)
+    assert (os.listdir(tmp_path), told) == ([], [])
+
+
+def test_a_file_of_another_master_is_left_to_it(tmp_path):
+    path, told = tmp_path / "ready", []
+    path.write_text("4712\n")
+    file = ReadyFile(4711, told.append)
+    for ready in (True, False):
+        file.show(str(path), ready, 0.0)
+    assert (path.read_text(), told) == ("4712\n", [])
 
 
 def test_hup_takes_another_file(start):
@@ -192,4 +232,4 @@ def test_a_name_that_no_file_can_have_is_complained_of(path):
     file = ReadyFile(1, said.append)
     for ready in (True, False):
         file.show(path, ready, 0.0)
-    assert len(said) == 2
+    assert said == [f"ready_file {path!a} cannot be kept: no file can have such a name"]
