@@ -18,18 +18,22 @@ INTERRUPTED = 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 1 for a refusal, 2 for bad settings."""
+    if sys.stdout is None:
+        return _refuse("cannot write to stdout: it is closed")
     if isinstance(sys.stdout, TextIOWrapper):  # whose encoding may lack what a path has
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        status = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has gone; what is left of it must not fail at exit again.
+        try:
+            return _run(list(sys.argv[1:] if argv is None else argv))
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # What is left of the output must not fail at exit again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        has_gone = isinstance(error, BrokenPipeError)  # whoever read it, and needs no words
+        return 1 if has_gone else _refuse(str(error))
     except KeyboardInterrupt:
         return INTERRUPTED
-    return status
 
 
 def _run(argv: list[str]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -215,6 +216,41 @@ def test_a_reader_that_has_gone_gets_no_traceback() -> None:
     finally:
         os.close(writing)
     assert (done.returncode, done.stderr) == (1, b"")
+
+
+COMMANDS = {
+    "init": ["replica_plugin", "init"],
+    "check": ["replica_plugin", "check"],
+    "check --json": ["replica_plugin", "check", "--json"],
+    "demo": ["replica_plugin", "demo"],
+    "--help": ["replica_plugin", "--help"],
+    "flask replica init": ["flask", "replica", "init"],
+    "flask replica check": ["flask", "replica", "check"],
+}
+NOWHERE = {
+    ">&-": "replica-plugin: cannot write to stdout: it is closed\n",
+    ">/dev/full": "replica-plugin: [Errno 28] No space left on device\n",
+    "2>&- >&-": "",
+    "2>&- >/dev/full": "",
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("nowhere", NOWHERE)
+def test_without_anywhere_to_write_to_a_command_fails_and_says_so(
+    command: str, nowhere: str
+) -> None:
+    line = shlex.join([sys.executable, "-m", *COMMANDS[command]])
+    done = subprocess.run(
+        f"{line} {nowhere}",
+        shell=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": ""},  # else argparse hides that it cannot write
+        timeout=60,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (1, NOWHERE[nowhere])
 
 
 def test_a_terminal_that_lacks_a_character_is_shown_its_number() -> None:
