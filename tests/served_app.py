@@ -175,6 +175,11 @@ def echo(environ, start_response, rest):
     return answer(start_response, environ["wsgi.input"].read())
 
 
+def held_echo(environ, start_response, name):
+    hold(environ, lambda *_: None, name)
+    return echo(environ, start_response, "")
+
+
 def hinted(environ, start_response, rest):
     """Early Hints, and then the body that was sent."""
     environ["wsgi.early_hints"]([("Link", "</a.css>; rel=preload")])
@@ -348,6 +353,7 @@ HANDLERS = {
     "freeze": freeze,
     "late-child": late_child,
     "grip": grip,
+    "held-echo": held_echo,
     "held-large": held_large,
     "hello": hello,
     "hinted": hinted,
