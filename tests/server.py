@@ -171,8 +171,7 @@ class Server:
     def wait_closed(self, which: int = 0) -> None:
         """Until it listens no more: nobody holds the socket.
 
-        With little patience: a SYN that was lost to the end is sent again a second later, when
-        who stops may be gone.
+        With little patience: a SYN that is dropped in its end is sent again only a second later.
         """
 
         def refused() -> bool:
