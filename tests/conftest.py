@@ -67,6 +67,7 @@ class Starter:
                 except BaseException:
                     server.kill()
                     raise
+            server.close()
         self.wait_nothing_left()
 
     def wait_nothing_left(self) -> None:

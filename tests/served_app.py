@@ -16,6 +16,7 @@ from contextlib import suppress
 
 HOME = threading.get_native_id()  # the thread that imports the app; gevent's have none of these
 _lock = threading.Lock()
+_seizing = threading.Lock()
 _now = 0
 _high = 0
 
@@ -107,16 +108,25 @@ def who(environ, name):
     }
 
 
-def freeze(environ, start_response, name):
+def freeze(environ, start_response, name, wait=lambda link: link.recv(1)):
     """As hold, but gevent's patch does not reach it: it keeps the whole thread."""
     import _socket
 
     link = _socket.socket(socket.AF_UNIX)
     link.connect(os.environ["STAGE"])
     link.sendall((json.dumps(who(environ, name)) + "\n").encode())
-    link.recv(1)
+    wait(link)
     link.close()
     return as_json(start_response, who(environ, name))
+
+
+def seize(environ, start_response, name):
+    """As freeze, and keeps the GIL too; in each process one of them is on the stage."""
+    import ctypes
+
+    recv, byte = ctypes.PyDLL(None).recv, ctypes.create_string_buffer(1)
+    with _seizing:
+        return freeze(environ, start_response, name, lambda link: recv(link.fileno(), byte, 1, 0))
 
 
 def modules(environ, start_response, rest):
@@ -163,6 +173,11 @@ def grip(environ, start_response, seconds):
 
 def echo(environ, start_response, rest):
     return answer(start_response, environ["wsgi.input"].read())
+
+
+def held_echo(environ, start_response, name):
+    hold(environ, lambda *_: None, name)
+    return echo(environ, start_response, "")
 
 
 def hinted(environ, start_response, rest):
@@ -338,6 +353,7 @@ HANDLERS = {
     "freeze": freeze,
     "late-child": late_child,
     "grip": grip,
+    "held-echo": held_echo,
     "held-large": held_large,
     "hello": hello,
     "hinted": hinted,
@@ -349,6 +365,7 @@ HANDLERS = {
     "numbers": numbers,
     "oserror": oserror,
     "partly": partly,
+    "seize": seize,
     "sleep": sleep,
     "stream": stream,
 }

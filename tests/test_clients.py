@@ -210,7 +210,7 @@ def test_a_chunked_body_for_which_no_room_is_left_is_read_by_the_slot(idle_over_
         idle.turn(time.monotonic())
         return idle.judge.ready == [idle.conn]
 
-    wait_for(is_ready, "a slot to be asked for", timeout=5)
+    wait_for(is_ready, "a slot to be asked for")
 
 
 def test_silence_within_a_head_is_not_held_against_its_body(idle_over_tcp, monkeypatch):

@@ -17,6 +17,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from server import show_demo
 
 from replica_plugin import demo
 from replica_plugin.demo import contest
@@ -391,9 +392,8 @@ def test_server_that_ends_early_is_told_with_its_log(tmp_path: Path) -> None:
 def test_demo_shows_both_and_that_ours_keeps_its_promises(tmp_path: Path) -> None:
     work, svg = _folder(tmp_path / "work"), tmp_path / "demo.svg"
     command = [*COMMAND, "--rounds", "1", "--svg", str(svg)]
-    done = subprocess.run(
-        command, env=_environment(work), capture_output=True, text=True, timeout=DEADLINE
-    )
+    env, quiet = _environment(work), {"capture_output": True, "text": True, "timeout": DEADLINE}
+    done = show_demo(lambda: subprocess.run(command, env=env, **quiet))
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
     shares = re.findall(r"^  (\w+).* (\d) of 1 round$", done.stdout, re.MULTILINE)
     assert [name for name, _ in shares] == ["stock", "replica"] * 2
@@ -429,7 +429,7 @@ def test_demo_that_is_interrupted_leaves_nothing(
     finally:
         child.kill()
         child.wait()
-    assert _left_in(work) == []
+    _wait(lambda: _left_in(work) == [])
 
 
 def _folder(path: Path) -> Path:

@@ -47,6 +47,8 @@ FENCE = re.compile(
 CAPTION = re.compile(r":caption: (\S+)\n\n?")
 COMMAND = re.compile(r"^\$ (?P<command>(?:.*\\\n)*.*)\n(?P<shown>(?:(?!\$ ).*\n)*)", re.M)
 SERVER = re.compile(r"(\w+=\S+ )*(gunicorn|flask .*run)\b(?!.*(--check-config|\|\|))")
+CROWD = "& done"
+"""In a command that sends requests at once; it, or the next command, shows how they met."""
 PORT = re.compile(r"\b8000\b")
 LOG = "log"
 PATIENCE = 60.0
@@ -107,6 +109,7 @@ class Reader:
             }
         )
         self._server: subprocess.Popen[bytes] | None = None
+        self._crowd: Step | None = None
 
     def follow(self) -> None:
         try:
@@ -127,6 +130,19 @@ class Reader:
             self._run(step)
 
     def _run(self, step: Step) -> None:
+        """A crowd may come too late to meet, on a busy machine: then it comes again, twice."""
+        before, self._crowd = self._crowd, step if CROWD in step.command else None
+        for time in range(3 if before or self._crowd else 1):
+            if time and before:
+                self._print(before)
+            printed = self._print(step)
+            missing = self._compare(step.shown, printed.splitlines())[0]
+            if not missing:
+                return
+        self._fail(step, f"does not print, where the page shows it: {missing}", printed)
+
+    def _print(self, step: Step) -> str:
+        """Run a command: what it printed."""
         try:
             done = subprocess.run(
                 ["bash", "-c", self._with_port(step.command)],
@@ -142,8 +158,7 @@ class Reader:
             self._fail(step, f"has not ended within {PATIENCE:g} s", str(late.output))
         if done.returncode:
             self._fail(step, f"exit code {done.returncode}", done.stdout)
-        if missing := self._compare(step.shown, done.stdout.splitlines())[0]:
-            self._fail(step, f"does not print, where the page shows it: {missing}", done.stdout)
+        return done.stdout
 
     def _start_server(self, step: Step) -> None:
         """Until it answers, and has logged what is shown."""

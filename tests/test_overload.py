@@ -53,7 +53,7 @@ def test_whatever_comes_too_much_is_refused_and_what_was_admitted_is_served(star
     actor = start.stage.next()
     server.wait_numbers(running=1, waiting=1)
     answered, refused = flood(server, *kept)
-    assert answered == refused > 1000
+    assert answered == refused > 100
     assert server.get("/-/readyz").status == 200
     actor.finish()
     start.stage.next().finish()
@@ -117,8 +117,10 @@ def test_connections_that_come_as_others_end_never_take_what_is_left_to_others(m
         sock.setblocking(False)
         fd, found = sock.fileno(), Listeners(epoll, [Listener(sock)])
         clients = [socket.create_connection(sock.getsockname()) for _ in range(30)]
-        most = os.dup(fd) + 10
-        os.close(most - 10)
+        free = [os.dup(fd) for _ in range(10)]
+        for each in free:
+            os.close(each)
+        most = max(free) + 1
         monkeypatch.setattr(found, "_most", most)
         held: deque[Connection] = deque()
         for now in range(15):

@@ -13,12 +13,13 @@ from stage import Stage
 pytestmark = IN_BOTH_MODES
 
 ROUNDS = 20
+KEPT = ("--keep-alive", "60")  # longer than any test
 
 
 @pytest.fixture(scope="module")
 def replica(module_start):
     config = {"processes_per_replica": 2, "threads_per_process": 2}
-    return module_start(config=config, bind=BOTH)
+    return module_start(*KEPT, config=config, bind=BOTH)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def test_a_pair_that_keeps_the_gil_runs_in_different_processes_in_every_round(re
 
 
 def test_control_stock_gthread_puts_pairs_that_keep_the_gil_into_one_process(start):
-    server = start("-w", "2", "--threads", "2", base=STOCK)
+    server = start(*KEPT, "-w", "2", "--threads", "2", base=STOCK)
     kept_alive = [server.connect() for _ in range(3)]  # to two processes, so two share one
     pids = [client.get("/numbers/").json["pid"] for client in kept_alive]
     pair = [client for client, pid in zip(kept_alive, pids) if pids.count(pid) > 1][:2]
@@ -85,7 +86,7 @@ def test_four_requests_begin_at_once_in_every_round(replica, stage, which, kept)
 def test_sixty_clients_never_run_more_than_t_in_one_process(start):
     """The app itself counts, for as long as it is inside a request."""
     config = {"processes_per_replica": 2, "threads_per_process": 2}
-    server = start(config=config, bind=BOTH)
+    server = start(*KEPT, config=config, bind=BOTH)
 
     def ask(number: int) -> None:
         with server.connect(number % 2) as client:

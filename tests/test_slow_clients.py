@@ -3,17 +3,75 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any
 
 import pytest
 from server import BOTH, IN_BOTH_MODES, STOCK, Client, Server, wait_for
 from stage import Stage
-from wire import Wire, request
+from wire import request
 
 pytestmark = IN_BOTH_MODES
 
 ONE = {"processes_per_replica": 1, "threads_per_process": 1}
 HALF = "POST /echo HTTP/1.1\r\nHost: test\r\nContent-Length: 1000\r\n\r\nhalf"
+
+
+PROMPT = 0.15
+"""Seconds: half of the shortest that a hurried server waits for a client."""
+PLAYS = 5
+
+
+class Hurried(Server):
+    """A server that is short of time, and how long its clients have let it wait at most."""
+
+    longest = 0.0
+
+    def connect(self, which: int = 0) -> Client:
+        return Timed(self, which)
+
+
+class Timed(Client):
+    """Measures the time between its own steps."""
+
+    def __init__(self, server: Hurried, which: int) -> None:
+        self._server, self._last = server, time.monotonic()
+        super().__init__(server.addresses[which])
+
+    def send(self, data: bytes | str) -> Client:
+        try:
+            return super().send(data)
+        finally:
+            self._step()
+
+    def receive(self, size: int) -> bytes:
+        try:
+            return self.sock.recv(size)
+        finally:
+            self._step()
+
+    def _step(self) -> None:
+        now = time.monotonic()
+        self._server.longest = max(self._server.longest, now - self._last)
+        self._last = now
+
+
+def prompt(test: Callable[..., None]) -> Callable[..., None]:
+    """The test is played again if it failed and was too slow itself, on a machine that was."""
+
+    @wraps(test)
+    def played(hurried: Hurried, **more: Any) -> None:
+        for _ in range(PLAYS - 1):
+            hurried.longest = 0.0
+            try:
+                return test(hurried, **more)
+            except Exception:
+                if hurried.longest <= PROMPT:
+                    raise
+        return test(hurried, **more)
+
+    return played
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +85,8 @@ def hurried(module_start):
     """One slot, and a short time for everything."""
     config = {**ONE, "header_timeout": "300ms", "receive_timeout": "600ms"}
     config |= {"send_timeout": "600ms", "request_buffer": "64Ki"}
-    return module_start("--access-logfile", "access.log", config=config, bind=BOTH)
+    log = ("--access-logfile", "access.log")
+    return module_start(*log, config=config, bind=BOTH, kind=Hurried)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +258,7 @@ def test_clients_that_reset_in_the_middle_of_a_stream_give_the_slot_back(replica
     hold_nothing(replica, stage, which)
 
 
+@prompt
 def test_a_head_that_is_late_is_told_so(hurried, which):
     with hurried.connect(which) as client:
         reply = client.send("GET /hello HT").reply()
@@ -207,6 +267,7 @@ def test_a_head_that_is_late_is_told_so(hurried, which):
         assert client.is_closed()
 
 
+@prompt
 def test_a_head_that_dribbles_is_late_all_the_same(hurried, which):
     """The time is for the whole head; a byte now and then does not prolong it."""
     with hurried.connect(which) as client:
@@ -216,21 +277,24 @@ def test_a_head_that_dribbles_is_late_all_the_same(hurried, which):
             client.send("x")
             return client.is_readable()
 
-        wait_for(dribble, "an answer", timeout=3)
+        wait_for(dribble, "an answer")
         assert client.reply().status == 408
 
 
+@prompt
 def test_a_late_second_head_is_told_so(hurried, which):
     with hurried.connect(which) as client:
         assert client.get("/hello").status == 200
         assert client.send("GET /hello HT").reply().status == 408
 
 
+@prompt
 def test_a_silent_connection_is_closed_without_a_word(hurried, which):
     with hurried.connect(which) as client:
         assert client.is_closed()
 
 
+@prompt
 def test_a_body_that_stops_is_told_so_without_a_slot(hurried):
     dispatched = hurried.log.count("408")
     with hurried.connect() as client:
@@ -248,22 +312,28 @@ def running_never(server: Server) -> bool:
     return True
 
 
-def test_a_body_that_stops_in_a_slot_is_told_so_and_gives_the_slot_back(hurried, which):
+@prompt
+def test_a_body_that_stops_in_a_slot_is_told_so_and_gives_the_slot_back(
+    hurried, module_start, which
+):
     """More than request_buffer: the slot reads on, for as long as something comes."""
     with hurried.connect(which) as client:
-        half = HALF.replace("echo", f"echo/{which}").replace("1000", "300000")
-        client.send(half).send(b"x" * 100_000)
+        half = HALF.replace("echo", f"held-echo/{which}").replace("1000", "300000")
+        client.send(half + "x" * 100_000)
+        actor = module_start.stage.next()
         hurried.wait_numbers(running=1)
+        actor.finish()
         reply = client.reply()
         assert reply.status == 408
         assert b"receive_timeout" in reply.body
     hurried.wait_numbers(running=0)
     assert hurried.get("/hello", which).status == 200
     access = hurried.folder / "access.log"
-    line = f'"POST /echo/{which} HTTP/1.1" 408 '
+    line = f'"POST /held-echo/{which} HTTP/1.1" 408 '
     wait_for(lambda: line in access.read_text(), "the access log")
 
 
+@prompt
 def test_a_body_that_stops_is_told_so_also_when_the_app_would_answer_something_else(hurried, which):
     with hurried.connect(which) as client:
         client.send(HALF.replace("echo", "caught").replace("1000", "300000")).send(b"x" * 100_000)
@@ -276,22 +346,29 @@ def test_a_body_that_stops_is_told_so_also_when_the_app_would_answer_something_e
     assert "Socket error processing request." not in hurried.log
 
 
+@prompt
 def test_a_body_that_stops_after_early_hints_is_told_so(hurried, which):
-    with Wire(hurried.addresses[which]) as wire:
-        wire.send(request("/hinted", "Content-Length: 300000", method="POST"), b"x" * 100_000)
-        assert [wire.reply().status, wire.reply().status] == [103, 408]
+    with hurried.connect(which) as client:
+        head = request("/hinted", "Content-Length: 300000", method="POST")
+        client.send(head + b"x" * 100_000)
+        assert [client.begun_reply().status for _ in range(2)] == [103, 408]
 
 
-def test_a_connection_that_a_probe_began_has_the_same_limits(hurried, which):
+@prompt
+def test_a_connection_that_a_probe_began_has_the_same_limits(hurried, module_start, which):
     """The first of its requests that a slot gets is not the first of all."""
     with hurried.connect(which) as client:
         assert client.get("/-/readyz").status == 200
-        client.send(HALF.replace("1000", "300000")).send(b"x" * 100_000)
+        half = HALF.replace("echo", "held-echo").replace("1000", "300000")
+        client.send(half + "x" * 100_000)
+        actor = module_start.stage.next()
         hurried.wait_numbers(running=1)
+        actor.finish()
         assert client.reply().status == 408
     hurried.wait_numbers(running=0)
 
 
+@prompt
 def test_on_a_unix_socket_half_a_body_holds_a_slot_no_longer_than_receive_timeout(hurried):
     with hurried.connect(1) as client:
         client.send(HALF)
@@ -299,6 +376,7 @@ def test_on_a_unix_socket_half_a_body_holds_a_slot_no_longer_than_receive_timeou
     hurried.wait_numbers(running=0)
 
 
+@prompt
 def test_a_body_that_keeps_coming_is_read_however_long_it_takes(hurried, which):
     """Six times receive_timeout for the whole, and never that long for a part."""
     body = b"x" * 100_000
@@ -318,6 +396,7 @@ def test_a_body_that_keeps_coming_is_read_however_long_it_takes(hurried, which):
         assert client.reply().body == body
 
 
+@prompt
 def test_a_chunked_body_that_keeps_coming_is_awaited_however_long_it_takes(hurried, which):
     """Chunks that are far enough apart for each of them to be looked at when it comes."""
     with hurried.connect(which) as client:
@@ -330,41 +409,37 @@ def test_a_chunked_body_that_keeps_coming_is_awaited_however_long_it_takes(hurri
         assert client.send("0\r\n\r\n").reply().body == b"chunk" * 15
 
 
+@prompt
 def test_a_client_that_never_reads_a_stream_loses_it_after_send_timeout(hurried, which):
     message = "A client took nothing for send_timeout: cut off"
     before = hurried.log.count(message)
     with hurried.connect(which) as client:
         client.ask("/stream/1000")
-        hurried.wait_numbers(running=1)
         hurried.wait_log(message, count=before + 1)
         hurried.wait_numbers(running=0)
     assert hurried.get("/hello", which).status == 200
 
 
+@prompt
 def test_a_client_that_reads_a_stream_slowly_gets_it_whole(hurried, which):
     with hurried.connect(which) as client:
         client.ask("/file/8000000", Connection="close")
         size, part = 0, b"x"
         began = time.monotonic()
         while part:
-            part = client.sock.recv(200_000)
+            part = client.receive(200_000)
             size += len(part)
             due = began + size / 8_000_000 * 1.5
             wait_for(lambda due=due: time.monotonic() >= due, "the moment")
         assert size > 8_000_000
 
 
-def _is_stuck(server: Server) -> bool:
-    """Whether a response is in the hands of a slot, or has been left to the dispatcher."""
-    numbers = server.numbers()
-    return bool(numbers.running or numbers.unsent)
-
-
 @pytest.mark.parametrize("name", ["stream", "file"])
+@prompt
 def test_clients_that_never_read_their_pipelined_answers_do_not_keep_the_slot(hurried, which, name):
     with hurried.connect(which) as client:
         client.send(f"GET /{name}/100000 HTTP/1.1\r\nHost: test\r\n\r\n" * 100)
-        wait_for(lambda: _is_stuck(hurried), "a response that is not taken")
+        wait_for(client.is_readable, "the first of them")
         hurried.wait_numbers(running=0, waiting=0, connections=0)
     assert hurried.get("/hello", which).status == 200
 
@@ -399,6 +474,7 @@ def test_an_idle_connection_is_closed_after_keepalive(strict, which):
         assert time.monotonic() - began >= 1
 
 
+@prompt
 def test_late_requests_are_in_the_access_log(hurried):
     log = hurried.folder / "access.log"
     with hurried.connect() as client:

@@ -222,7 +222,7 @@ def test_a_client_that_leaves_while_the_app_closes_its_complete_response(
 
 
 def test_a_stop_sends_the_rest_of_a_response_that_the_app_still_closes(start, stage, which):
-    server = start("--graceful-timeout", "3", config=ONE, bind=BOTH)
+    server = start("--graceful-timeout", "10", config=ONE, bind=BOTH)
     client = unread(server, "/after/closing", which)
     actor = stage.next()
     server.tell(signal.SIGTERM)

@@ -56,6 +56,12 @@ def blocks(server: Server) -> dict[int, int]:
     return found
 
 
+def is_back(before: dict[int, Usage], after: dict[int, Usage]) -> bool:
+    """Or less is held: before, too, a slot may have reported and not yet closed its socket."""
+    assert after.keys() == before.keys(), "a process was replaced"
+    return all(now <= then for pid in before for now, then in zip(after[pid], before[pid]))
+
+
 def growth(before: dict[int, int], after: dict[int, int]) -> int:
     assert after.keys() == before.keys(), "a process was replaced"
     return max(after[pid] - before[pid] for pid in before)
@@ -89,6 +95,6 @@ def test_a_hundred_thousand_requests_leave_nothing_behind(start):
     ask(server, WARM_UP)
     before = usage(server), memory(server), blocks(server)
     ask(server, ROUNDS)
-    wait_for(lambda: usage(server) == before[0], "descriptors and threads are back")
+    wait_for(lambda: is_back(before[0], usage(server)), "descriptors and threads are back")
     assert growth(before[1], memory(server)) < MARGIN
     assert growth(before[2], blocks(server)) < BLOCKS

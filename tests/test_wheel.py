@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Starter
-from server import environment
+from server import Shown, environment, show_demo
 
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".*", "_build", "__pycache__", "build", "dist", "*.egg-info")
@@ -36,8 +36,15 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(*command: str | Path) -> str:
-    """What a command prints; in an environment that knows nothing of the checkout."""
-    done = subprocess.run(
+    """What a command prints."""
+    done = call(*command)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def call(*command: str | Path) -> Shown:
+    """A command, in an environment that knows nothing of the checkout."""
+    return subprocess.run(
         command,
         cwd="/",
         env=environment(ENV),
@@ -47,8 +54,6 @@ def run(*command: str | Path) -> str:
         text=True,
         timeout=DEADLINE,
     )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
 
 
 def test_wheel_holds_the_package_its_license_and_its_metadata_and_no_more(wheel: Path) -> None:
@@ -75,8 +80,9 @@ def test_wheel_in_an_empty_environment_shows_the_demo_and_serves(
     run(sys.executable, "-m", "venv", "--without-pip", commands.parent)
     run(*PIP, "--python", commands / "python", "install", "-q", "--no-compile", f"{wheel}[demo]")
 
-    shown = run(commands / "replica-plugin", "demo")
-    assert "4 began at once" in " ".join(shown.split())
+    done = show_demo(lambda: call(commands / "replica-plugin", "demo", "--rounds", "1"))
+    assert done.returncode == 0, done.stdout
+    assert "4 began at once" in " ".join(done.stdout.split())
 
     server = start(
         command=(str(commands / "gunicorn"),),

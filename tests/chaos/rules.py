@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from chaos.app import right_body
 from chaos.ledger import Death, Entry, Ledger, Run
 
-MOMENT = 0.25
+MOMENT = float(os.environ.get("CHAOS_MOMENT", "0.25"))
 """Seconds by which several processes may see the same thing at different times."""
 SLOW_PROBE = 5.0
 """Seconds in which a probe is answered, on a machine that has no CPU to spare."""
