@@ -575,10 +575,11 @@ class Dispatcher:
             self._stopping.begin(wishes.stop, wishes, now)
 
     def _listen_if_served(self) -> None:
-        """Beside another master, which may serve, connections are its until our processes can, too.
-        Those that the dispatcher before us has left can, though all of them may be busy."""
+        """Beside another master, which may serve, connections are its until we are ready, too. What
+        the dispatcher before us has left can serve, though all of it may be busy."""
         roster, listeners = self._decisions.roster, self._clients.listeners
-        waits = self._wishes.beside and not (roster.usable or self._heritage.rows())
+        serves = (roster.usable and roster.was_ready) or self._heritage.rows()
+        waits = self._wishes.beside and not serves
         if not (listeners.wanted or roster.stopping or waits):
             listeners.accept_if(True)
 

@@ -255,6 +255,42 @@ def test_a_new_master_that_never_serves_does_not_keep_the_old_one_from_it(upgrad
     assert pause_and_return(*upgraded(held=True)).reply().body == b"1"
 
 
+HALF_READY = """
+import os, threading, time
+from replica_plugin import Replica
+def tell():
+    while Replica().stats().processes != 1:
+        time.sleep(0.01)
+    open("half", "w").close()
+if "GUNICORN_PID" in os.environ:
+    try:
+        os.close(os.open("first", os.O_CREAT | os.O_EXCL))
+        threading.Thread(target=tell, daemon=True).start()
+    except FileExistsError:
+        while os.path.exists("held"):
+            time.sleep(0.01)
+def app(environ, start_response):
+    start_response("200 OK", [("Content-Length", "1")])
+    return [b"2" if "GUNICORN_PID" in os.environ else b"1"]
+"""
+"""The new master's first process says when it can be used; others load until `held` is gone."""
+
+
+def test_until_all_processes_of_a_new_master_are_ready_the_old_one_takes_all_that_comes(start):
+    files, config = {"app.py": HALF_READY, "held": ""}, {"processes_per_replica": 2}
+    server = start("--pid", "pid", files=files, config=config, app="app:app", command=COMMAND)
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    wait_for((server.folder / "half").exists, "one of its two processes can be used")
+    assert {server.get("/-/readyz").status for _ in range(50)} == {200}
+    assert {server.get("/").body for _ in range(50)} == {b"1"}
+    (server.folder / "held").unlink()
+    wait_for(lambda: server.get("/").body == b"2", "the new one serves")
+    assert {server.get("/-/readyz").status for _ in range(50)} == {200}
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: new not in server.children(), "its end")
+
+
 PAUSE = 0.01  # leaves the processors to those who boot
 
 
