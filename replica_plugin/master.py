@@ -32,7 +32,7 @@ import gunicorn
 from gunicorn.config import Config
 from gunicorn.errors import HaltServer
 
-from . import journal, overtime, ready_file
+from . import journal, overtime, ready_file, ready_mark
 from .channel import control_pair
 from .config.settings import Settings
 from .decisions import Rules
@@ -84,6 +84,7 @@ class Arbiter(Protocol):
     def reap_workers(self) -> None: ...
     def murder_workers(self) -> None: ...
     def manage_workers(self) -> None: ...
+    def kill_worker(self, pid: int, sig: int) -> None: ...
     def kill_workers(self, sig: int) -> None: ...
     def handle_usr1(self) -> None: ...
 
@@ -100,6 +101,7 @@ class Master:
         self._arbiter = arbiter
         self._stop: Stop | None = None
         self._draining = False
+        self._mark = ready_mark.ReadyMark()
         self._reopen = 0
         self._most_threads = 0
         self._told = 0
@@ -150,6 +152,7 @@ class Master:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
         if self._is_beside() != self._beside:  # the other master has gone
             self.tell()
+        self._mark.show(self._beside and self._serves())
         if time.monotonic() - self._started_at >= SHORT_LIFE and is_dead(self._supervisor_pidfd):
             log = self._arbiter.log
             log.error("The supervisor (pid %d) is gone: starting another", self._supervisor)
@@ -213,6 +216,16 @@ class Master:
         """Whether there is another master: the one that we have started, or that has started us."""
         return bool(self._arbiter.reexec_pid or self._arbiter.master_pid)
 
+    def _serves(self) -> bool:
+        """Whether the replica is ready, and is not paused or about to stop."""
+        now = self.replica_page.read()
+        ready = bool(now.was_ready and now.processes and self._arbiter.num_workers)
+        return ready and not self._draining and not self.stopping
+
+    def _other_serves(self) -> bool:
+        other = self._arbiter.reexec_pid or self._arbiter.master_pid
+        return bool(other) and ready_mark.is_shown(other)
+
     def _is_shared(self) -> bool:
         """Whether someone else has our listening sockets: another master, or who activated us."""
         arbiter = self._arbiter
@@ -222,14 +235,18 @@ class Master:
     def drain(self) -> bool:
         """Serve on for drain_delay while readyz says 503; False if that was cut short.
 
-        The arbiter does nothing but stop meanwhile, so we do for it what keeps processes there.
+        Until another master serves: nobody has to be moved away then, and readyz is 200 there. The
+        arbiter does nothing but stop meanwhile, so we do for it what keeps processes there.
         """
         end = time.monotonic() + self.settings.drain_delay
         if self._stop is not None or not self.replica_page.read().was_ready:
             return True
         self._draining = True
+        self._mark.show(False)  # before we look at the other's: both may be told to stop
+        if self._other_serves():
+            return True
         self.tell()
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self._other_serves():
             if self._is_hurried():
                 return False
             try:
@@ -260,6 +277,7 @@ class Master:
         """A stop begins. A quick one after a graceful one takes over, not the other way round."""
         if self._stop is None or (self._stop.graceful and not graceful):
             self._stop = Stop(graceful, time.monotonic() + self._graceful_timeout)
+        self._mark.show(False)
         self.tell()
 
     def end(self) -> None:
@@ -302,6 +320,7 @@ class Master:
         for listener in self._arbiter.LISTENERS:
             listener.close()
         self.control.close()
+        self._mark.show(False)
         for fd in (*self._nudges, self._supervisor_pidfd):
             os.close(fd)
         self.page.only_read()

@@ -10,6 +10,8 @@ import pytest
 from server import OURS, STOCK, Pending, is_supervisor, wait_for
 from test_hook_start import APP, COMMAND, IMPORT
 
+from replica_plugin import ready_mark
+
 BROKEN_APPS = {
     "no module": ("missing:app", {}, 3, "ModuleNotFoundError: No module named 'missing'"),
     "no attribute": (
@@ -289,6 +291,69 @@ def test_until_all_processes_of_a_new_master_are_ready_the_old_one_takes_all_tha
     assert {server.get("/-/readyz").status for _ in range(50)} == {200}
     server.tell(signal.SIGTERM, new)
     wait_for(lambda: new not in server.children(), "its end")
+
+
+DRAINS = {
+    "files": {"app.py": HELD},
+    "app": "app:app",
+    "config": {"drain_delay": "600s"},
+    "command": COMMAND,
+}
+
+
+def upgrade_to_one_that_is_ready(start):
+    server = start("--pid", "pid", **DRAINS)
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    for master in (server.process.pid, new):
+        wait_for(lambda master=master: ready_mark.is_shown(master), "both serve")
+    return server, new
+
+
+def test_a_master_that_stops_beside_one_that_is_ready_leaves_it_the_port_without_drain_delay(start):
+    server, new = upgrade_to_one_that_is_ready(start)
+    server.tell(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    assert server.get("/-/readyz").status == 200
+    server.tell(signal.SIGQUIT, new)
+    start.wait_nothing_left()
+
+
+def test_a_new_master_that_stops_beside_the_old_one_leaves_it_the_port_without_drain_delay(start):
+    server, new = upgrade_to_one_that_is_ready(start)
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: new not in server.children(), "its end")
+    assert {server.get("/-/readyz").status for _ in range(50)} == {200}
+
+
+def test_beside_one_that_still_loads_drain_delay_lasts_until_that_one_is_ready(start):
+    server = start("--pid", "pid", **DRAINS)
+    held = server.folder / f"held{server.process.pid}"
+    held.touch()
+    server.tell(signal.SIGUSR2)
+    server.tell(signal.SIGTERM)
+    wait_for(lambda: server.get("/-/readyz").status == 503, "the old one is to stop")
+    assert {server.get("/").body for _ in range(50)} == {b"1"}
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    held.unlink()
+    assert server.process.wait(20) == 0
+    assert server.get("/").body == b"2"
+    server.tell(signal.SIGQUIT, new)
+    start.wait_nothing_left()
+
+
+def test_two_masters_that_are_both_told_to_stop_keep_to_drain_delay(start):
+    """Or whoever is sent here still would meet nobody. The last one to look sees that."""
+    server, new = upgrade_to_one_that_is_ready(start)
+    server.tell(signal.SIGSTOP, new)
+    server.tell(signal.SIGTERM, new)
+    server.tell(signal.SIGTERM)
+    assert server.process.wait(20) == 0
+    server.tell(signal.SIGCONT, new)
+    wait_for(lambda: server.get("/-/readyz").status == 503, "the new one is to stop")
+    assert server.get("/").body == b"2"
+    server.tell(signal.SIGQUIT, new)
+    start.wait_nothing_left()
 
 
 PAUSE = 0.01  # leaves the processors to those who boot

@@ -49,7 +49,7 @@ def upgrade(scene: Scene) -> list[str]:
     """USR2 and a way back, then USR2 and the end of the old master; no client notices."""
     found = []
     new, times = _second_master(scene), scene.ledger.times
-    scene.ledger.stopped_at = time.monotonic() + times.drain  # what is idle or silent is closed
+    scene.ledger.stopped_at = time.monotonic()  # what is idle or silent is closed
     scene.signal(new, signal.SIGTERM, "new master")
     # Until it is reaped: before that gunicorn ignores another USR2.
     wait_for(lambda: not os.path.exists(f"/proc/{new}"), "the new master's end", 60.0)
