@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -37,13 +38,19 @@ def worker_class(mode: str) -> str:
 
 
 def missing(mode: str) -> str | None:
-    """What has to be installed before this mode can work."""
-    if mode != "gevent" or importlib.util.find_spec("gevent"):
+    """What has to be installed, and sound, before this mode can work."""
+    if mode != "gevent":
         return None
-    return (
-        "gevent is not installed. "
-        "Install it with `pip install 'replica-plugin[gevent]'`, or say mode: thread."
-    )
+    if not importlib.util.find_spec("gevent"):
+        return (
+            "gevent is not installed. "
+            "Install it with `pip install 'replica-plugin[gevent]'`, or say mode: thread."
+        )
+    try:  # as gunicorn does next, for which a failure is the end, in a reload, too
+        importlib.import_module(worker_class(mode).rpartition(".")[0] or "gevent")
+    except Exception as error:  # of another greenlet, say: whatever an extension module raises
+        return f"gevent cannot be imported: {error!r}. Mend its installation, or say mode: thread."
+    return None
 
 
 def is_ours(cfg: Config) -> bool:

@@ -492,6 +492,34 @@ def test_without_gevent_gevent_mode_does_not_start_and_says_what_to_install(star
     ) in ended.output
 
 
+BROKEN_GEVENT = {
+    "gevent.py": "raise ValueError('greenlet.greenlet size changed')\n",
+    "conf.py": "import sys\nsys.path.insert(0, '')\nfrom replica_plugin.conf import *\n",
+}
+CANNOT_BE_IMPORTED = (
+    "replica.yaml:1: mode: gevent cannot be imported: "
+    "ValueError('greenlet.greenlet size changed'). Mend its installation, or say mode: thread."
+)
+
+
+def test_with_a_gevent_that_cannot_be_imported_gevent_mode_does_not_start_and_says_why(start):
+    files = {**BROKEN_GEVENT, "replica.yaml": "mode: gevent\n"}
+    ended = start.to_its_end(base=("-c", "conf.py"), files=files)
+    assert ended.code != 0 and not ended.listened and "Traceback" not in ended.output
+    assert CANNOT_BE_IMPORTED in ended.output
+
+
+def test_hup_to_a_gevent_that_cannot_be_imported_is_a_mistake_like_any_other(start):
+    server = start(base=("-c", "conf.py"), files=BROKEN_GEVENT)
+    before = server.workers
+    server.write_config({"mode": "gevent"})
+    server.tell(signal.SIGHUP)
+    server.wait_log(r"The settings from before go on to hold\.")
+    assert CANNOT_BE_IMPORTED in server.log
+    wait_for(lambda: server.workers and not set(before) & set(server.workers), "new processes")
+    assert server.get("/hello").status == 200
+
+
 # Preload, and patches that come early.
 
 PATCHED_EARLY = "from gevent import monkey\nmonkey.patch_all()\nfrom replica_plugin.conf import *\n"
