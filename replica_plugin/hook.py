@@ -296,7 +296,7 @@ def _wrap(arbiter: Arbiter, ours: Master) -> None:
         reexec=wrapped_reexec,
         spawn_worker=partial(_spawn, arbiter.spawn_worker, arbiter, ours),
         manage_workers=partial(ours.manage, arbiter.manage_workers),
-        reap_workers=partial(_reap, arbiter.reap_workers, ours),
+        reap_workers=partial(_reap, arbiter.reap_workers, arbiter, ours),
         handle_usr1=wrapped_usr1,
     )
 
@@ -316,7 +316,7 @@ def _spawn(spawn_worker: Callable[[], Any], arbiter: Arbiter, ours: Master) -> A
         signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD)
 
 
-def _reap(reap_workers: Callable[[], None], ours: Master) -> None:
+def _reap(reap_workers: Callable[[], None], arbiter: Arbiter, ours: Master) -> None:
     """The first process that cannot boot has gunicorn stop; another would break that off."""
     while True:
         try:
@@ -324,6 +324,8 @@ def _reap(reap_workers: Callable[[], None], ours: Master) -> None:
         except HaltServer:
             if not ours.stopping:
                 raise
+            for pid in list(arbiter.WORKERS):  # where gunicorn before 27 keeps this one
+                arbiter.kill_worker(pid, 0)
 
 
 def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:

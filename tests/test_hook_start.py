@@ -7,10 +7,14 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import gunicorn
 import pytest
+from gunicorn.errors import HaltServer
 from server import OURS, STOCK, TESTS, environment, wait_for
+
+from replica_plugin import hook
 
 BIN = Path(sys.executable).parent
 COMMAND = (str(BIN / "gunicorn"),)
@@ -85,6 +89,35 @@ def test_the_boot_line_says_what_the_replica_is(start):
         "Replica: 2 processes x 3 threads = 6 requests at a time (thread mode), "
         "up to 4 waiting (max_replica_concurrency 10), from replica.yaml"
     ) in messages(server.log, "INFO")
+
+
+class Arbiter:
+    """gunicorn's before 27: it forgets nobody who could not boot, but whom it cannot signal."""
+
+    def __init__(self) -> None:
+        self.WORKERS = {1: None, 2: None, 3: None}
+        self.ended = ["Worker failed to boot."] * 2
+
+    def reap_workers(self) -> None:
+        if self.ended:
+            raise HaltServer(self.ended.pop(0), 3)
+
+    def kill_worker(self, pid: int, number: int) -> None:
+        assert number == 0
+        if pid != 3:
+            del self.WORKERS[pid]
+
+
+def test_in_a_stop_whoever_could_not_boot_is_not_waited_for():
+    arbiter = Arbiter()
+    hook._reap(arbiter.reap_workers, arbiter, SimpleNamespace(stopping=True))
+    assert list(arbiter.WORKERS) == [3]
+
+
+def test_the_first_process_that_cannot_boot_has_gunicorn_stop():
+    arbiter = Arbiter()
+    with pytest.raises(HaltServer):
+        hook._reap(arbiter.reap_workers, arbiter, SimpleNamespace(stopping=False))
 
 
 # A user's own gunicorn.conf.py.
