@@ -330,14 +330,19 @@ def _reap(reap_workers: Callable[[], None], arbiter: Arbiter, ours: Master) -> N
 
 def _reexec(arbiter: Arbiter, reexec: Callable[[], None]) -> None:
     """Have gunicorn start another master. What it forks for that and cannot exec ends here: as
-    the copy of this master that it is, it would stop what is ours."""
+    the copy of this master that it is, it would stop what is ours. Nor do we end if it cannot be
+    forked, for want of memory or processes."""
     try:
         reexec()
-    except BaseException:
-        if os.getpid() == arbiter.pid:
+    except BaseException as error:
+        if os.getpid() != arbiter.pid:
+            arbiter.log.exception("The new master cannot be started")
+            os._exit(1)
+        if not isinstance(error, OSError):
             raise
-        arbiter.log.exception("The new master cannot be started")
-        os._exit(1)
+        arbiter.log.error(
+            "The new master cannot be started: %r. This one serves on: send USR2 again", error
+        )
 
 
 def _before_reload(arbiter: Arbiter, cfg: Config, settings: Settings) -> None:

@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 from server import OURS, STOCK, Pending, is_supervisor, wait_for
 from test_hook_start import APP, COMMAND, IMPORT
+from test_loading import NO_FORK
 
 from replica_plugin import ready_mark
 
@@ -127,6 +128,25 @@ def test_a_new_master_that_cannot_be_started_leaves_the_old_one_as_it_was(start)
     wait_for(lambda: len(server.children()) == 2, "its end")
     assert server.get("/hello").status == 200
     assert [server.supervisor, server.dispatcher, *server.workers] == family
+
+
+def test_a_new_master_that_cannot_be_forked_leaves_the_old_one_as_it_was(start):
+    """For want of processes, or memory."""
+    server = start("--pid", "pid", base=(), files={"gunicorn.conf.py": NO_FORK}, command=COMMAND)
+    family = [server.supervisor, server.dispatcher, *server.workers]
+    (server.folder / "full").touch()
+    server.tell(signal.SIGUSR2)
+    server.wait_log(
+        "The new master cannot be started: BlockingIOError.11, 'Resource temporarily una.*. "
+        "This one serves on: send USR2 again"
+    )
+    assert server.get("/hello").status == 200
+    assert [server.supervisor, server.dispatcher, *server.workers] == family
+    (server.folder / "full").unlink()
+    server.tell(signal.SIGUSR2)
+    new = int(wait_for(lambda: _text(server.folder / "pid.2"), "the new master's pidfile"))
+    server.tell(signal.SIGTERM, new)
+    wait_for(lambda: new not in server.children(), "its end")
 
 
 def start_daemon(start, **options):
