@@ -108,14 +108,14 @@ def who(environ, name):
     }
 
 
-def freeze(environ, start_response, name, wait=lambda link: link.recv(1)):
+def freeze(environ, start_response, name, wait=None):
     """As hold, but gevent's patch does not reach it: it keeps the whole thread."""
     import _socket
 
     link = _socket.socket(socket.AF_UNIX)
     link.connect(os.environ["STAGE"])
     link.sendall((json.dumps(who(environ, name)) + "\n").encode())
-    wait(link)
+    wait(link) if wait else link.recv(1)
     link.close()
     return as_json(start_response, who(environ, name))
 
