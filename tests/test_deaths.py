@@ -340,8 +340,10 @@ GONE = r"The supervisor \(pid {}\) is gone: the replica serves on, but a dispatc
 
 def kill_supervisor(server: Server) -> None:
     supervisor = server.supervisor
+    server.tell(STOP)  # else there may be another before the dispatcher sees that this one is gone
     server.tell(KILL, supervisor)
     server.wait_log(GONE.format(supervisor))
+    server.tell(signal.SIGCONT)
 
 
 def test_a_new_supervisor_watches_over_the_dispatcher_that_lives(start, stage):
