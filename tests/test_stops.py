@@ -59,19 +59,23 @@ def test_term_answers_what_runs_what_waits_and_what_has_begun_to_come(start, sta
 
 def test_a_process_without_work_leaves_before_the_end_of_a_stop(start, stage):
     """And is not killed, though another still sends."""
-    config = {"processes_per_replica": 2, "threads_per_process": 1}
+    config = {"processes_per_replica": 3, "threads_per_process": 1}
     server = start("--graceful-timeout", "4", config=config)
     dispatcher = server.dispatcher
-    client = server.connect().ask("/begun/x")
-    actor = stage.next()
+    begun, held = (server.connect().ask(path) for path in ("/begun/x", "/hold/x"))
+    actors = stage.take(2)
+    (idle,) = set(server.workers) - {actor.pid for actor in actors}
     server.tell(signal.SIGTERM)
     server.wait_closed()
     server.tell(signal.SIGSTOP)  # else it would soon kill who still sends
-    wait_for(lambda: server.workers == [actor.pid], "the end of the idle process")
-    assert os.path.exists(f"/proc/{dispatcher}")
-    actor.finish()
-    assert client.reply().status == 200
-    server.tell(signal.SIGCONT)
+    assert held.reply().status == 503
+    server.tell(signal.SIGSTOP, dispatcher)  # else its end would tell the idle one to leave
+    wait_for(lambda: idle not in server.workers, "the end of the idle process")
+    for actor in actors:
+        actor.finish()
+    assert begun.reply().status == 200
+    for pid in (dispatcher, server.process.pid):
+        server.tell(signal.SIGCONT, pid)
     assert server.stop() == 0
 
 
