@@ -241,6 +241,15 @@ class Server:
         """Wait until these numbers are so: `waiting=3, running=4`."""
         wait_for(lambda: wanted.items() <= self.numbers()._asdict().items(), str(wanted))
 
+    def wait_in_flight(self, count: int) -> None:
+        """Wait until so many requests run or wait."""
+
+        def enough() -> bool:
+            numbers = self.numbers()
+            return numbers.running + numbers.waiting == count
+
+        wait_for(enough, f"{count} in flight")
+
     # What can be done to it.
 
     def tell(self, number: int, pid: int | None = None) -> None:
@@ -353,6 +362,12 @@ def environ_of(pid: int) -> bytes:
         return Path(f"/proc/{pid}/environ").read_bytes()
     except OSError:
         return b""
+
+
+def cpu(pid: int) -> float:
+    """Seconds of CPU that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _command(pid: int) -> bytes:
@@ -489,6 +504,11 @@ class _Reader:
         self._file.close()
 
 
+def is_old(used: float) -> bool:
+    """Whether a connection that was used then may be closed soon: a machine may stand still."""
+    return time.monotonic() - used > 0.5
+
+
 class Load:
     """Clients that ask all the time, each in a thread of its own; half of them keep alive."""
 
@@ -518,9 +538,12 @@ class Load:
         wait_for(lambda: self.answered >= wanted or self.failures, f"{count} more answers")
 
     def _run(self, keeps: bool, which: int) -> None:
-        client = None
+        client, used = None, 0.0
         while not self._ended.is_set():
             try:
+                if client and is_old(used):
+                    client.close()
+                    client = None
                 client = client or self._server.connect(which)
                 reply = client.get(self._path, Connection="keep-alive" if keeps else "close")
             except Exception as error:
@@ -530,6 +553,7 @@ class Load:
             if reply.status != 200:
                 self.failures.append(repr(reply))
             self.answered += 1
+            used = time.monotonic()
             if not keeps:
                 client.close()
                 client = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,14 +46,17 @@ class Stage:
         self._listener.listen(2048)
 
     def next(self, timeout: float = PATIENCE) -> Actor:
-        """The next request that begins."""
-        self._listener.settimeout(timeout)
-        link, _ = self._listener.accept()
-        link.settimeout(PATIENCE)
-        line = b""
-        while not line.endswith(b"\n"):
-            line += link.recv(4096)
-        return Actor(**json.loads(line), _link=link)
+        """The next request that begins; not one whose process died before it told who it is."""
+        deadline = time.monotonic() + timeout
+        while True:
+            self._listener.settimeout(max(deadline - time.monotonic(), 0.001))
+            link, _ = self._listener.accept()
+            link.settimeout(PATIENCE)
+            with link.makefile("rb") as file:
+                line = file.readline()
+            if line.endswith(b"\n"):
+                return Actor(**json.loads(line), _link=link)
+            link.close()
 
     def take(self, count: int) -> list[Actor]:
         """The next so many requests that begin."""

@@ -47,8 +47,8 @@ def grip(environ, start_response, name):
 
 def swallow(environ, start_response, name):
     """Go on in spite of everything, until the stage says so; others may run meanwhile."""
-    hold(environ, lambda *_: None, name)
     try:
+        hold(environ, lambda *_: None, name)
         while True:
             time.sleep(0.01)
     except:  # noqa: E722  # what the app is here for

@@ -90,7 +90,7 @@ def test_a_request_that_a_killed_process_had_not_begun_to_read_is_run_by_the_nex
     (worker,) = server.workers
     server.tell(STOP, worker)
     clients = hold(server, which, 1, "sent") + hold(server, which, 1, "waiting")
-    server.wait_numbers(running=1, waiting=1)
+    server.wait_in_flight(2)  # in gevent mode none is sent to one that has stood still for long
     server.tell(KILL, worker)
     for name in ("sent", "waiting"):
         actor = stage.next()
@@ -104,9 +104,9 @@ def test_a_request_that_goes_back_to_the_queue_is_not_run_if_its_client_left(sta
     (worker,) = server.workers
     server.tell(STOP, worker)
     (leaving,) = hold(server, which, 1, "left")
-    server.wait_numbers(running=1)
+    server.wait_in_flight(1)
     (staying,) = hold(server, which, 1, "stayed")
-    server.wait_numbers(waiting=1)
+    server.wait_in_flight(2)
     leaving.close()
     server.tell(KILL, worker)
     actor = stage.next()
@@ -340,8 +340,10 @@ GONE = r"The supervisor \(pid {}\) is gone: the replica serves on, but a dispatc
 
 def kill_supervisor(server: Server) -> None:
     supervisor = server.supervisor
+    server.tell(STOP)  # else there may be another before the dispatcher sees that this one is gone
     server.tell(KILL, supervisor)
     server.wait_log(GONE.format(supervisor))
+    server.tell(signal.SIGCONT)
 
 
 def test_a_new_supervisor_watches_over_the_dispatcher_that_lives(start, stage):
@@ -419,7 +421,7 @@ def test_without_their_master_processes_and_helpers_finish_and_end(start, stage,
 @pytest.mark.parametrize("threads", [1, 2])
 def test_without_their_master_processes_that_do_not_finish_end_all_the_same(start, stage, threads):
     config = {"processes_per_replica": 1, "threads_per_process": threads}
-    server = start("--graceful-timeout", "1", config=config)
+    server = start("--graceful-timeout", "4", config=config)
     family = [*server.workers, server.supervisor, server.dispatcher]
     client = server.connect().ask("/hold/x")
     actor = stage.next()
@@ -432,14 +434,14 @@ def test_without_their_master_processes_that_do_not_finish_end_all_the_same(star
 
 def test_without_their_master_a_process_that_cannot_see_that_its_time_is_over_ends(start, stage):
     config = {"processes_per_replica": 1, "threads_per_process": 2}
-    server = start("--graceful-timeout", "1", config=config)
+    server = start("--graceful-timeout", "4", config=config)
     family = [*server.workers, server.supervisor, server.dispatcher]
-    client = server.connect().ask("/grip/30")
+    client = server.connect().ask("/grip/60")
     server.wait_numbers(running=1)
     server.tell(KILL)
     assert client.reply().status == 503
     for pid in family:
-        wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end", timeout=10)
+        wait_for(lambda pid=pid: not os.path.exists(f"/proc/{pid}"), f"{pid}'s end")
 
 
 # What apps do to their processes.

@@ -51,12 +51,12 @@ def test_changed_settings_are_in_effect_after_hup_in_every_form_of_configuration
         b"max_replica_concurrency (2) admits.\n"
     )
     finish(running, actors)
-    changed |= {"max_replica_concurrency": 3, "queue_timeout": "200ms"}
+    changed |= {"max_replica_concurrency": 3, "queue_timeout": "2s"}
     reload(server, {**changed, "probes": "/newer/"})
     wait_for(lambda: server.get("/newer/readyz").status == 200, "the new probes")
     running, actors = fill(server, stage)
     waited = server.get("/hello").body
-    assert waited == b"No slot became free within queue_timeout (0.2 s).\n"
+    assert waited == b"No slot became free within queue_timeout (2 s).\n"
     finish(running, actors)
     assert (
         "Replica: 2 processes x 1 thread = 2 requests at a time (thread mode), "
@@ -289,10 +289,12 @@ LEFT_ALONE = "Not possible with a replica, and left alone: "
 @pytest.mark.parametrize("name", [name for name in REFUSED if has(name)])
 def test_what_cannot_hold_is_told_at_hup_and_left_alone(start, name):
     """A port that is fixed, for a socket of a process's own on port 0 is on another one."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        bind = (f"127.0.0.1:{free.getsockname()[1]}", "unix:sock")
     files = {"gunicorn.conf.py": IMPORT, "key.pem": ""}
-    server = start(base=(), bind=bind, files=files, config={"processes_per_replica": 2})
+    with socket.socket() as kept:  # until the server has it: nobody else is given this port
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        bind = (f"127.0.0.1:{kept.getsockname()[1]}", "unix:sock")
+        server = start(base=(), bind=bind, files=files, config={"processes_per_replica": 2})
     (server.folder / "gunicorn.conf.py").write_text(IMPORT + REFUSED[name])
     old = server.workers
     reload(server)

@@ -230,7 +230,7 @@ class Calls:
             return self._called().total() >= total.total()
 
         with contextlib.suppress(AssertionError):  # the comparison says more
-            wait_for(enough, "the user's hooks called", 10)
+            wait_for(enough, "the user's hooks called")
         assert self._called() == total
 
     def _called(self):

@@ -11,10 +11,9 @@ import resource
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
-from server import IN_BOTH_MODES, Load, Server, wait_for
+from server import IN_BOTH_MODES, Load, Server, cpu, wait_for
 from tracing import tracing
 
 from replica_plugin.answers import UNTAKEN
@@ -174,11 +173,6 @@ def poor(start) -> Server:
     wait_for(lambda: server.dispatcher != before, "another dispatcher")
     assert server.get("/hello").status == 200
     return server
-
-
-def cpu(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def wait_quiet(server: Server) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import gunicorn
 import pytest
 from server import GUNICORN, OURS, TESTS, Client, environment, wait_for
+from stage import PATIENCE
 from test_hook_start import APP, COMMAND
 
 import replica_plugin
@@ -188,8 +189,8 @@ def test_ctrl_c_ends_everything_at_once_while_requests_run_and_wait(start, stage
     server.wait_numbers(waiting=2, running=4)
     everyone = {server.process.pid, *server.children(), server.dispatcher}
     os.killpg(server.process.pid, signal.SIGINT)
-    assert server.process.wait(5) == 0
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everyone), "all gone", 3)
+    assert server.process.wait(PATIENCE) == 0
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in everyone), "all gone")
     assert all(actor.vanished() for actor in actors)
     assert all(client.is_closed() for client in clients)
     assert "Traceback" not in server.log

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 
 import pytest
-from server import OURS, STOCK, Pending, is_supervisor, wait_for
+from server import OURS, STOCK, Pending, is_old, is_supervisor, wait_for
 from test_hook_start import APP, COMMAND, IMPORT
 from test_loading import NO_FORK
 
@@ -398,11 +398,12 @@ class Asking:
         seen = set()
         while not self._done:
             with self._server.connect() as client:
-                reply = client.get("/")
-                while reply.headers["Connection"] == "keep-alive" and not self._done:
-                    reply = client.get("/")
+                kept = True
+                while kept and not self._done:
+                    reply, used = client.get("/"), time.monotonic()
                     seen.add(reply.status)
                     time.sleep(PAUSE)
+                    kept = reply.headers["Connection"] == "keep-alive" and not is_old(used)
         return seen
 
     def stop(self):

@@ -195,10 +195,10 @@ def test_a_file_whose_text_finds_no_room_is_not_there_until_it_does(tmp_path, mo
     assert (os.listdir(tmp_path), path.read_text()) == (["ready"], "4711\n")
 
 
-def test_a_replica_whose_folder_is_deleted_goes_on(start):
+def test_a_replica_whose_folder_is_deleted_goes_on(start, tmp_path):
     server = start(config={"ready_file": "ready"})
     (old,) = server.workers
-    shutil.rmtree(server.folder)
+    shutil.rmtree(server.folder.rename(tmp_path / "gone"))  # where nobody makes the file anew
     server.tell(signal.SIGKILL, old)
     wait_for(lambda: server.workers not in ([], [old]), "another process")
     wait_for(lambda: server.get("/hello").status == 200, "it serves")
