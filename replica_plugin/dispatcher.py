@@ -575,11 +575,13 @@ class Dispatcher:
             self._stopping.begin(wishes.stop, wishes, now)
 
     def _listen_if_served(self) -> None:
-        """Beside another master, which may serve, connections are its until we are ready, too. What
-        the dispatcher before us has left can serve, though all of it may be busy."""
+        """Beside another master connections are its until we are ready, too; or, as long as it is
+        not, until one of our processes can serve. So can those that the dispatcher before us has
+        left, though all of them may be busy."""
         roster, listeners = self._decisions.roster, self._clients.listeners
-        serves = (roster.usable and roster.was_ready) or self._heritage.rows()
-        waits = self._wishes.beside and not serves
+        serves = bool(roster.usable or self._heritage.rows())
+        enough = serves and (roster.was_ready or not self._wishes.served)
+        waits = self._wishes.beside and not enough
         if not (listeners.wanted or roster.stopping or waits):
             listeners.accept_if(True)
 

@@ -110,7 +110,7 @@ class Master:
         self._supervisor = 0
         self._supervisor_pidfd = -1
         self._started_at = 0.0
-        self._beside = False  # as the page says
+        self._beside, self._served = False, False  # as the page says
         self.adopt(settings)
         self._start_supervisor()
 
@@ -150,7 +150,7 @@ class Master:
 
     def manage(self, manage_workers: Callable[[], None]) -> None:
         """The arbiter looks after its workers, once a second at least; we after our helper, too."""
-        if self._is_beside() != self._beside:  # the other master has gone
+        if (self._is_beside(), self._other_serves()) != (self._beside, self._served):
             self.tell()
         self._mark.show(self._beside and self._serves())
         if time.monotonic() - self._started_at >= SHORT_LIFE and is_dead(self._supervisor_pidfd):
@@ -185,7 +185,7 @@ class Master:
     def _wishes(self, forking: tuple[int, ...]) -> Wishes:
         cfg = self._arbiter.cfg
         self._most_threads = max(self._most_threads, cfg.threads)
-        self._beside = self._is_beside()
+        self._beside, self._served = self._is_beside(), self._other_serves()
         return Wishes(
             rules=Rules(
                 self._arbiter.num_workers,
@@ -207,6 +207,7 @@ class Master:
             ready_file=self._ready_file,
             shared=self._is_shared(),
             beside=self._beside,
+            served=self._served,
             draining=self._draining,
             stop=self._stop,
             reopen=self._reopen,
@@ -223,6 +224,7 @@ class Master:
         return ready and not self._draining and not self.stopping
 
     def _other_serves(self) -> bool:
+        """Whether the other master says that of its replica."""
         other = self._arbiter.reexec_pid or self._arbiter.master_pid
         return bool(other) and ready_mark.is_shown(other)
 

@@ -53,8 +53,8 @@ class Wishes:
     than `most_threads`, before a reload or behind it. `supervisor` is the pid of the one it has
     started last. `reopen` counts the requests to reopen the logs. `logging` are gunicorn's own
     settings of that name. `shared` says that others hold our listening sockets, or will; `beside`
-    that one of them is another master, after USR2, which may serve; `draining` that a stop is about
-    to begin, and nothing new should be sent to us.
+    that one of them is another master, after USR2, and `served` that its replica is ready;
+    `draining` that a stop is about to begin, and nothing new should be sent to us.
     """
 
     rules: Rules
@@ -69,6 +69,7 @@ class Wishes:
     ready_file: str | None = None
     shared: bool = False
     beside: bool = False
+    served: bool = False
     draining: bool = False
     stop: Stop | None = None
     reopen: int = 0

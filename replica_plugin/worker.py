@@ -354,9 +354,9 @@ class ReplicaWorker(Worker):  # type: ignore[misc]  # gunicorn ships no types
     def _take_no_more(self) -> None:
         """What comes now is another process's: this one ends, dismissed or not, and an atexit
         handler may take its time over that."""
-        self.serving = False
-        if self._channel is not None:
-            _turn_away(self._channel)
+        self.serving, channel = False, self._channel
+        if channel is not None:
+            _turn_away(channel)
 
     # The attendant.
 

@@ -145,18 +145,22 @@ def test_a_master_that_stops_leaves_a_shared_backlog_to_the_other_if_it_cannot_s
 
 
 @pytest.mark.parametrize(
-    ("beside", "usable", "was_ready", "left", "listens"),
+    ("beside", "served", "usable", "was_ready", "left", "listens"),
     [
-        (False, 0, True, [], True),
-        (False, 0, False, [], True),
-        (True, 0, True, [], False),
-        (True, 0, True, [(1, 1, 1)], True),
-        (True, 1, True, [], True),
-        (True, 1, False, [], False),
+        (False, False, 0, True, [], True),
+        (False, False, 0, False, [], True),
+        (True, False, 0, True, [], False),
+        (True, False, 1, False, [], True),
+        (True, False, 0, False, [(1, 1, 1)], True),
+        (True, True, 0, True, [], False),
+        (True, True, 0, True, [(1, 1, 1)], True),
+        (True, True, 0, False, [(1, 1, 1)], False),
+        (True, True, 1, True, [], True),
+        (True, True, 1, False, [], False),
     ],
 )
 def test_a_dispatcher_beside_another_master_listens_once_its_own_processes_can_serve(
-    replica, monkeypatch, beside, usable, was_ready, left, listens
+    replica, monkeypatch, beside, served, usable, was_ready, left, listens
 ):
     """Those that one has left to a dispatcher that has just been born may all be busy."""
     dispatcher = replica.dispatcher
@@ -164,7 +168,7 @@ def test_a_dispatcher_beside_another_master_listens_once_its_own_processes_can_s
     listeners.accept_if(False)
     roster.usable, roster.was_ready = roster.usable[:usable], was_ready
     monkeypatch.setattr(dispatcher._heritage, "rows", lambda: left)
-    dispatcher._wishes = replace(dispatcher._wishes, beside=beside)
+    dispatcher._wishes = replace(dispatcher._wishes, beside=beside, served=served)
     dispatcher._listen_if_served()
     assert listeners.wanted == listens
 

@@ -519,7 +519,9 @@ LACKING = {
 @pytest.mark.parametrize("lacking", LACKING)
 def test_a_system_that_lacks_something_gets_gthread_and_is_told(start, tmp_path, lacking):
     (tmp_path / "sitecustomize.py").write_text(LACKING[lacking])
+    options = ("--graceful-timeout", "5")  # after which a gthread that has missed QUIT is killed
     server = start(
+        *options,
         env={"PYTHONPATH": f"{tmp_path}:{TESTS}"},
         config={"processes_per_replica": 2, "threads_per_process": 2},
     )

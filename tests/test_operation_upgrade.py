@@ -362,7 +362,7 @@ def test_beside_one_that_still_loads_drain_delay_lasts_until_that_one_is_ready(s
     start.wait_nothing_left()
 
 
-def test_two_masters_that_are_both_told_to_stop_keep_to_drain_delay(start):
+def test_of_two_masters_that_are_told_to_stop_the_last_keeps_to_drain_delay(start):
     """Or whoever is sent here still would meet nobody. The last one to look sees that."""
     server, new = upgrade_to_one_that_is_ready(start)
     server.tell(signal.SIGSTOP, new)

@@ -14,8 +14,6 @@ from conftest import which_by_mode
 from server import BOTH, IN_BOTH_MODES, STOCK, Load, Pending, Server, wait_for
 from stage import Stage
 
-from replica_plugin.stopping import LAST_CALL
-
 pytestmark = IN_BOTH_MODES
 which = which_by_mode
 
@@ -201,8 +199,7 @@ def test_what_lies_in_the_backlog_when_term_comes_is_answered(start, which):
 
 
 def test_a_connection_that_was_silent_when_term_came_has_a_second_to_send(start, which):
-    while not is_answered_if_it_sends_in_time(start, which):
-        pass
+    assert any(is_answered_if_it_sends_in_time(start, which) for _ in range(5))
 
 
 def is_answered_if_it_sends_in_time(start, which: int) -> bool:
@@ -215,7 +212,7 @@ def is_answered_if_it_sends_in_time(start, which: int) -> bool:
         server.wait_log("Handling signal: term")
         with suppress(BrokenPipeError, ConnectionResetError):
             client.ask("/hello")
-        in_time = time.monotonic() - began < LAST_CALL
+        in_time = time.monotonic() - began < 1
         if in_time:
             assert client.reply().status == 200
             assert client.is_closed()
