@@ -114,7 +114,8 @@ def shortages(cfg: Config, loaded: Loaded) -> list[str]:
     """What of the settings this machine does not allow."""
     if not is_ours(cfg):
         return []
-    slots = cfg.threads + bool(loaded.settings.exempt)
+    has_extra = mode(cfg) == "thread" and cfg.threads > 1 and bool(loaded.settings.exempt)
+    slots = cfg.threads + has_extra
     bound = loaded.settings.max_replica_concurrency
     return machine.shortages(machine.read(), bound, cfg.workers, slots, cfg.backlog)
 

@@ -64,11 +64,14 @@ def shortages(machine: Machine, bound: int, processes: int, slots: int, backlog:
             "requests."
         )
     if 0 <= machine.soft < slots + OWN:
+        what, or_else = f"{slots} slots", ", or lower threads_per_process"
+        if slots == 1:
+            what, or_else = "a slot", ""
         found.append(
-            f"Open files: the soft limit ({machine.soft}) is too low for {slots} slots in a "
-            f"process. Raise it to {slots + OWN} or more (ulimit -n), or lower "
-            "threads_per_process. Until then requests for which no process has a descriptor wait "
-            "for one, and get 503 if none is about to be free."
+            f"Open files: the soft limit ({machine.soft}) is too low for {what} in a process. "
+            f"Raise it to {slots + OWN} or more (ulimit -n){or_else}. Until then requests for "
+            "which no process has a descriptor wait for one, and get 503 if none is about to be "
+            "free."
         )
     if machine.backlog is not None and machine.backlog < backlog:
         found.append(

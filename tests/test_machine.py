@@ -13,11 +13,14 @@ import signal
 import time
 
 import pytest
+from gunicorn.config import Config
 from server import IN_BOTH_MODES, Load, Server, cpu, wait_for
 from tracing import tracing
 
+from replica_plugin import boot, machine
 from replica_plugin.answers import UNTAKEN
 from replica_plugin.channel import End, Kind, Report, decode_report
+from replica_plugin.config.load import load
 from replica_plugin.machine import Machine, shortages, spare
 from replica_plugin.rest import Rest
 
@@ -67,6 +70,25 @@ def test_a_soft_limit_that_is_too_low_for_the_slots_of_a_process_is_told():
         "1064 or more (ulimit -n), or lower threads_per_process. Until then requests for which no "
         "process has a descriptor wait for one, and get 503 if none is about to be free."
     ]
+
+
+def test_a_soft_limit_that_is_too_low_for_one_slot_has_one_way_out():
+    (line,) = shortages(PLENTY._replace(soft=64), 1024, 1, 1, 2048)
+    assert "too low for a slot in a process. Raise it to 65 or more (ulimit -n). Until" in line
+
+
+@pytest.mark.parametrize(
+    ("mode", "threads", "slots"), [("thread", 1, 1), ("thread", 2, 3), ("gevent", 2, 2)]
+)
+def test_only_threads_have_a_slot_more_for_exempt_requests(monkeypatch, mode, threads, slots):
+    asked = []
+    monkeypatch.setattr(machine, "shortages", lambda *asking: asked.append(asking[3]))
+    cfg = Config()
+    cfg.set("worker_class", boot.worker_class(mode))
+    cfg.set("threads", threads)
+    loaded = load(environ={"REPLICA_EXEMPT": "/status"})
+    boot.shortages(cfg, loaded)
+    assert asked == [slots]
 
 
 def test_a_backlog_that_the_kernel_cuts_is_told():
