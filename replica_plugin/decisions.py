@@ -25,8 +25,9 @@ Invariants, after every event:
 8. Because of stuck requests (overtime.py) at most p processes are ended in CALM seconds.
 9. `offered` are the first of `waiting`: those that lie on the deck (deck.py). They do only while
    `_start` would send the first one to whichever slot is free next: `_may_offer`. Whatever changes
-   that, or the queue before its end, takes them back first (`clear_deck`). Those that are not there
-   any more are `taken`: by a slot whose report of it is on its way.
+   that, or the queue before its end, takes them back first (`clear_deck`), and what is sent all the
+   same, since its slot has looked there too early, alone. Those that are not there any more are
+   `taken`: by a slot whose report of it is on its way.
 
 The slots of a process are alike, and so are their credits: what makes one of them the extra
 one is how many requests of which kind are sent. Of `owed` slots nobody knows which kind they
@@ -52,7 +53,7 @@ from .roster import Roster
 
 EXEMPT_QUEUE = 16
 """How many exempt requests may wait."""
-DECK = 4
+DECK = 16
 """How many requests may lie on the deck."""
 
 _order = attrgetter("order")
@@ -84,10 +85,13 @@ class Rules:
 class Decisions:
     """The replica: its processes, its queue, and the rules that join them.
 
-    `recall` takes back what lies on the deck, and tells which requests still did.
+    `recall` takes back the first that lie on the deck, so many at most, and tells which requests
+    still did.
     """
 
-    def __init__(self, rules: Rules, recall: Callable[[], Collection[int]] = tuple) -> None:
+    def __init__(
+        self, rules: Rules, recall: Callable[[int], Collection[int]] = lambda most: ()
+    ) -> None:
         self.rules = rules
         self.waiting = Queue()
         self.exempt = Queue()
@@ -210,9 +214,9 @@ class Decisions:
     def owes(self, age: int, slots: int, now: float) -> list[Action]:
         """No more slots than that are `owed`: others have ended, and will give no credit."""
         process = self.processes.get(age)
-        if process is None or process.owed <= slots:
+        if process is None:
             return []
-        self._owe(process, slots)
+        self._owe(process, min(process.owed, slots))
         return self._start(now)
 
     def done(self, age: int, request: int, now: float, took: int = 0) -> list[Action] | None:
@@ -359,13 +363,21 @@ class Decisions:
 
     def clear_deck(self) -> None:
         """Take back what lies on the deck, as if it had never been there."""
-        if not self.offered:
-            return
-        left = self._recall()
-        for request in self.offered.keys() - left:
-            self.taken[request] = self.waiting[request]
-            self.waiting.remove(request)
-        self.offered.clear()
+        if self.offered:
+            self._take_back(DECK)
+
+    def _take_back(self, most: int) -> bool:
+        """Take back the first that lie on the deck, as if they had never been there; whether any
+        still did. Those before them have been taken; if fewer than `most` did, so have the others.
+        """
+        left = self._recall(most)
+        last = max(left) if len(left) == most else math.inf
+        for request in [each for each in self.offered if each <= last]:
+            del self.offered[request]
+            if request not in left:
+                self.taken[request] = self.waiting[request]
+                self.waiting.remove(request)
+        return bool(left)
 
     def untaken(self, requests: Collection[int], left: Collection[int], now: float) -> list[Action]:
         """Who took these, died before it said so, and before they were begun: they wait again.
@@ -416,8 +428,7 @@ class Decisions:
         while self.exempt and (process := self._least_busy_for_exempt()):
             started.append(self._begin(now, process, *self.exempt.take()))
         while self.waiting and (process := self._least_busy()):
-            if self.offered:  # its slot has looked there too early
-                self.clear_deck()
+            if self.offered and not self._take_back(1):  # nothing that its slot has missed
                 continue
             started.append(self._begin(now, process, *self.waiting.take()))
             self._rate.count(now)

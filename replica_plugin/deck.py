@@ -43,17 +43,19 @@ class Deck:
             return False
         return True
 
-    def recall(self) -> set[int]:
-        """Take back what lies there: the requests.
+    def recall(self, most: int) -> set[int]:
+        """Take back the first requests that lie there, so many at most.
 
         Whatever else than its end stops that ends the dispatcher, and the deck with it: what is
         left there could be taken, and run a second time.
         """
         left = set()
         with suppress(BlockingIOError):
-            while (message := receive_now(self.end))[0]:  # nothing: a process has shut it
-                data, fds = message
+            while len(left) < most:
+                data, fds = receive_now(self.end)
                 close_all(fds)
+                if not data:  # a process has shut it
+                    break
                 with suppress(EOFError):  # cut short: it is missing
                     left.add(decode_job(data).request)
         return left

@@ -218,6 +218,8 @@ class Dispatcher:
         head = conn.head or Head(0)
         exempt = head.path in self._wishes.serving.exempt and head.is_plain
         self.perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
+        if self._decisions.waiting:
+            self._fill_deck()  # a slot may be there before this turn is over
 
     def on_gone(self, conn: Connection) -> bool:
         gone = self._decisions.gone(conn.request)

@@ -91,6 +91,18 @@ def _settle(wishes: Wishes) -> None:
     util.set_owner_process(privileges.uid, privileges.gid, initgroups=privileges.initgroups)
 
 
+def yield_to_processes() -> None:
+    """Have this process begin, once it is woken, when a CPU is free or its turn has come; not by
+    interrupting who runs (SCHED_BATCH, sched(7)).
+
+    While processes keep all CPUs busy, several things wait for the dispatcher when it comes, where
+    it would come for each of them. A policy that the operator has chosen stays.
+    """
+    with suppress(OSError):  # no such call in a sandbox, or in musl
+        if os.sched_getscheduler(0) == os.SCHED_OTHER:
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 class Supervisor:
     """One dispatcher at a time, for as long as the master lives."""
 
@@ -163,6 +175,7 @@ class Supervisor:
         status = 1
         try:
             util._setproctitle("replica dispatcher")
+            yield_to_processes()
             if self._replica_page.claim():
                 Dispatcher(self._frame(), self._wishes, self._journal).run()
                 status = 0

@@ -173,11 +173,11 @@ class Model:
             self.said_last = self.stopping
         self.offered.append(request)
 
-    def recalled(self, left):
-        """What was on the deck, and not there any more, has been taken."""
-        self.taken |= set(self.offered) - set(left)
+    def recalled(self, left, rest):
+        """What was on the deck, and is neither taken back nor there any more, has been taken."""
+        self.taken |= set(self.offered) - set(left) - set(rest)
         self.waiting = [each for each in self.waiting if each not in self.taken]
-        self.offered = []
+        self.offered = list(rest)
 
     def untaken(self, requests, left, now, actions):
         self.now = now
@@ -316,7 +316,7 @@ class Model:
         assert process.running() == fewest, "P1: the process that runs fewest takes it"
         rested = min(each.last_sent for each in able if each.running() == fewest)
         assert process.last_sent == rested, "of equals, the longest unused takes it"
-        assert not self.offered, "P3: those on the deck come first"
+        assert send.request not in self.offered, "it lies where a slot may take it, too"
         queue.remove(send.request)
         self._begin(process, send.request)
 

@@ -255,6 +255,16 @@ def test_room_that_is_found_when_a_process_registers_again_is_used_at_the_next_t
     assert decisions.tick(0.0) == [Send(1, 2)]
 
 
+def test_room_is_used_at_once_if_its_process_says_what_it_owes():
+    decisions = Decisions(Rules(1, 1))
+    decisions.expected(1, 1)
+    decisions.ruled(Rules(1, 1), (1, 2), 0.0)
+    join(decisions, 2, 1)
+    arrive(decisions, 1)
+    decisions.registered(1, 1)
+    assert decisions.owes(1, 0, 0.0) == [Send(1, 2)]
+
+
 def test_a_process_that_leaves_stays_until_its_successor_is_ready():
     decisions = replica(2, 1)
     decisions.ruled(Rules(2, 1), [1, 2, 3, 4], 0.0)
@@ -649,7 +659,7 @@ def test_an_exempt_request_that_was_not_read_goes_back_to_its_own_queue():
 def with_a_deck(queue_timeout: float | None = None) -> Decisions:
     """1 x 1: request 1 runs, and 2 lies on the deck."""
     decisions = replica(1, 1, queue_timeout=queue_timeout)
-    decisions._recall = lambda: {2}
+    decisions._recall = lambda most: {2}
     arrive(decisions, 1, 2)
     assert decisions.for_deck() == [2]
     decisions.on_deck(2)
@@ -674,11 +684,36 @@ def test_what_has_waited_long_enough_on_the_deck_is_taken_back_and_refused():
 
 def test_what_a_slot_took_just_before_its_wait_was_over_is_not_refused():
     decisions = with_a_deck(queue_timeout=1.0)
-    decisions._recall = tuple
+    decisions._recall = lambda most: ()
     assert decisions.tick(1.0) == []
     assert list(decisions.taken) == [2]
     assert decisions.done(1, 1, 1.0, took=2) == []
     assert decisions.runs(1, 2)
+
+
+def test_a_slot_that_looked_too_early_is_sent_the_first_and_the_others_stay_on_the_deck():
+    decisions = replica(2, 1)
+    deck, asked = [3, 4, 5, 6], []
+
+    def recall(most):
+        asked.append(most)
+        left, deck[:most] = deck[:most], []
+        return left
+
+    decisions._recall = recall
+    arrive(decisions, *range(1, 7))
+    for request in deck:
+        decisions.on_deck(request)
+    assert decisions.done(2, 1, 0.0) == [Send(3, 2)]
+    assert (asked, list(decisions.offered)) == ([1], [4, 5, 6])
+    deck.remove(4)  # a slot of 1 takes it, and has not said so yet, when that of 2 has ended 3
+    assert decisions.done(2, 3, 0.0) == [Send(5, 2)]
+    assert (list(decisions.taken), list(decisions.offered)) == ([4], [6])
+    deck.remove(6)
+    assert decisions.done(2, 5, 0.0) == []
+    assert (list(decisions.taken), list(decisions.offered)) == ([4, 6], [])
+    assert decisions.done(1, 2, 0.0, took=4) == []
+    assert decisions.runs(1, 4)
 
 
 def test_no_deck_while_an_exempt_request_waits_that_would_come_first():

@@ -9,6 +9,8 @@ from server import IN_BOTH_MODES, Client, Server, wait_for
 from stage import Actor, Stage
 from test_deaths import ONE, TWO, holds_all_slots
 
+from replica_plugin.decisions import DECK
+
 pytestmark = IN_BOTH_MODES
 PAIR = {**ONE, "processes_per_replica": 2}
 KILL, STOP, CONTINUE = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
@@ -51,37 +53,39 @@ def was_reset(client: Client) -> bool:
 
 def test_slots_take_in_the_queue_s_order_without_the_dispatcher(start, stage):
     server = start("--keep-alive", "20", config=TWO)
-    full = Full(server, stage, 4, 7)
+    names = list(map(str, range(DECK + 3)))
+    full = Full(server, stage, 4, len(names))
     server.tell(STOP, full.dispatcher)
-    assert [full.finish_one().name for _ in range(4)] == ["0", "1", "2", "3"]
+    assert [full.finish_one().name for _ in range(DECK)] == names[:DECK]
     full.actors.pop(0).finish()
     server.tell(CONTINUE, full.dispatcher)
     full.actors.append(stage.next())
-    assert full.actors[-1].name == "4"
-    assert [full.finish_one().name for _ in range(2)] == ["5", "6"]
+    assert full.actors[-1].name == names[DECK]
+    assert [full.finish_one().name for _ in range(2)] == names[DECK + 1 :]
     full.finish_all()
     clients = full.running + full.waiting
-    assert [client.reply().status for client in clients] == [200] * 11
-    assert [client.get("/hello").status for client in clients] == [200] * 11
+    assert {client.reply().status for client in clients} == {200}
+    assert {client.get("/hello").status for client in clients} == {200}
     holds_all_slots(server, stage, 0)
     assert server.dispatcher == full.dispatcher
 
 
 def test_nobody_is_refused_because_of_what_slots_took_and_ended_unheard(start, stage):
-    server = start(config={**ONE, "max_replica_concurrency": 6})
-    full = Full(server, stage, 1, 5)
+    ended = DECK + 1  # with the one that runs
+    server = start(config={**ONE, "max_replica_concurrency": ended + 1})
+    full = Full(server, stage, 1, ended)
     server.tell(STOP, full.dispatcher)
-    assert [full.finish_one().name for _ in range(4)] == ["0", "1", "2", "3"]
+    assert [full.finish_one().name for _ in range(DECK)] == list(map(str, range(DECK)))
     full.actors.pop(0).finish()
-    answered = full.running + full.waiting[:4]
-    assert [client.reply().status for client in answered] == [200] * 5
-    again = [server.connect().ask("/hold/again") for _ in range(5)]
+    answered, left = full.running + full.waiting[:DECK], full.waiting[DECK:]
+    assert {client.reply().status for client in answered} == {200}
+    again = [server.connect().ask("/hold/again") for _ in range(ended)]
     server.tell(CONTINUE, full.dispatcher)
     full.actors.append(stage.next())
-    server.wait_numbers(running=1, waiting=5)
-    assert [full.finish_one().name for _ in range(5)] == ["again"] * 5
+    server.wait_numbers(running=1, waiting=ended)
+    assert {full.finish_one().name for _ in range(ended)} == {"again"}
     full.finish_all()
-    assert [client.reply().status for client in full.waiting[4:] + again] == [200] * 6
+    assert [client.reply().status for client in left + again] == [200] * (1 + ended)
 
 
 def test_what_lies_on_the_deck_ends_with_its_dispatcher(start, stage):

@@ -429,6 +429,25 @@ def test_a_slot_that_looked_too_early_is_sent_what_lies_on_the_deck(full):
     assert replica.take() is None
 
 
+def test_what_comes_lies_on_the_deck_before_what_comes_next_is_looked_at(replica, monkeypatch):
+    """A turn in which many have come is long, and a slot may look there meanwhile."""
+    clients = [replica.client() for _ in range(3)]
+    for client in clients:
+        ask(client)
+    seen, on_ready = [], replica.dispatcher._clients.on_ready
+
+    def look(conn, now):
+        on_ready(conn, now)
+        seen.append(address(replica.take()))
+
+    monkeypatch.setattr(replica.dispatcher._clients, "on_ready", look)
+    replica.dispatcher.turn()
+    _, second, _ = clients
+    assert seen[1] == second.getsockname()
+    for client in clients:
+        client.close()
+
+
 def test_a_client_whose_request_was_taken_when_it_left_keeps_its_slot(full):
     """The slot will find out; what it has reported by then is not lost."""
     replica, job, client = full

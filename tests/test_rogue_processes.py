@@ -37,6 +37,7 @@ from replica_plugin.channel import (
     send,
 )
 from replica_plugin.connection import Connection
+from replica_plugin.decisions import DECK
 from replica_plugin.deck import Deck, take
 from replica_plugin.processes import TURN, Link, Processes, _is_stream
 from replica_plugin.rest import Rest, queued
@@ -491,10 +492,10 @@ def test_what_was_cut_short_on_the_deck_is_nobodys_and_its_descriptor_is_closed(
         send(deck._front, marshal.dumps(tuple(job(1)))[:20], 0)
         assert deck.offer(job(2), 0)
         assert take(deck.end) is None
-        assert deck.recall() == {2}
+        assert deck.recall(DECK) == {2}
     for request in (1, 2):
         send(deck._front, marshal.dumps(tuple(job(request)))[:20], 0)
-    assert deck.recall() == set()
+    assert deck.recall(DECK) == set()
     assert held() == before
     deck.end.close()
     deck._front.close()

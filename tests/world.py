@@ -271,9 +271,9 @@ class World:
             self.decisions.on_deck(request)
             self.deck.append(request)
 
-    def _recall(self) -> list[int]:
-        left, self.deck = self.deck, []
-        self.model.recalled(left)
+    def _recall(self, most: int) -> list[int]:
+        left, self.deck = self.deck[:most], self.deck[most:]
+        self.model.recalled(left, self.deck)
         return left
 
     def see_who_took(self) -> None:
