@@ -228,12 +228,17 @@ class Processes:
     def on_channel(self, link: Link, mask: int, now: float) -> None:
         """epoll has something to say about a channel.
 
-        Who reads it until it is empty asks once too often; what is left has another event.
+        Who reads it until it is empty asks once too often: it holds a report for each job, and for
+        what a slot has taken, too. What is left has another event.
         """
         if mask & select.EPOLLOUT and link.full:
             self._on_room(link, now)
-        for report in self._reports(link, min(TURN, max(1, link.busy))):
+        expected = max(1, link.busy)
+        for report in self._reports(link, TURN):
             self._office.on_report(link, report, now)
+            expected -= not report.took
+            if not expected:
+                break
 
     def _reports(self, link: Link, most: int) -> Iterator[Report]:
         """What lies on the channel; when it has ended, it is not listened to any more."""

@@ -429,6 +429,16 @@ def test_a_slot_that_looked_too_early_is_sent_what_lies_on_the_deck(full):
     assert replica.take() is None
 
 
+def test_what_a_slot_has_taken_and_ended_since_is_heard_in_the_same_turn(full):
+    """Else a slot that is free waits for as many turns as it has taken requests."""
+    replica, job, _ = full
+    took = replica.take()
+    replica.done(job, took)
+    replica.done(took)
+    replica.dispatcher.turn()
+    assert replica.dispatcher._decisions.running == 0
+
+
 def test_what_comes_lies_on_the_deck_before_what_comes_next_is_looked_at(replica, monkeypatch):
     """A turn in which many have come is long, and a slot may look there meanwhile."""
     clients = [replica.client() for _ in range(3)]
