@@ -49,7 +49,7 @@ class Deck:
         Whatever else than its end stops that ends the dispatcher, and the deck with it: what is
         left there could be taken, and run a second time.
         """
-        left = set()
+        left: set[int] = set()
         with suppress(BlockingIOError):
             while len(left) < most:
                 data, fds = receive_now(self.end)
