@@ -218,7 +218,7 @@ class Dispatcher:
         head = conn.head or Head(0)
         exempt = head.path in self._wishes.serving.exempt and head.is_plain
         self.perform(self._decisions.ready(conn.request, now, head.patience, exempt), now)
-        if self._decisions.waiting:
+        if self._decisions.waiting and not conn.hung_up:  # else it is about to leave the queue
             self._fill_deck()  # a slot may be there before this turn is over
 
     def on_gone(self, conn: Connection) -> bool:

@@ -429,6 +429,21 @@ def test_a_slot_that_looked_too_early_is_sent_what_lies_on_the_deck(full):
     assert replica.take() is None
 
 
+def test_a_request_of_which_the_client_has_left_never_lies_on_the_deck(replica, monkeypatch):
+    first, gone = replica.client(), replica.client()
+    ask(first)
+    replica.turn()
+    offered: list[Job] = []
+    monkeypatch.setattr(
+        replica.dispatcher._processes.deck, "offer", lambda job, _: offered.append(job)
+    )
+    ask(gone)
+    gone.close()
+    replica.turn()
+    assert not (offered or replica.dispatcher._decisions.waiting)
+    first.close()
+
+
 def test_what_a_slot_has_taken_and_ended_since_is_heard_in_the_same_turn(full):
     """Else a slot that is free waits for as many turns as it has taken requests."""
     replica, job, _ = full
