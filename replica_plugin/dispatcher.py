@@ -43,6 +43,7 @@ from .pages import MasterPage, Numbers, ReplicaPage
 from .processes import Link, Processes
 from .ready_file import ReadyFile
 from .rules import Stop, Wishes, decode_wishes
+from .scheduling import Scheduling
 from .stopping import Stopping
 
 TURN = 1.0  # seconds the loop sleeps at most: the heartbeat
@@ -61,6 +62,7 @@ class Frame:
     nudge: int  # eventfd, written by the master after its page
     master_pidfd: int
     master_pid: int
+    may_choose: bool = False  # how it is scheduled
 
 
 class Dispatcher:
@@ -85,6 +87,7 @@ class Dispatcher:
         self._doubts = Doubts(self._processes)
         self._ready_file = ReadyFile(frame.master_pid, journal.error)
         self._nudged = (frame.nudge, select.EPOLLIN)  # as epoll says it
+        self._scheduling = Scheduling(frame.may_choose)
         self._tick_at = 0.0
         before = frame.replica_page.read()
         self._spared = before.spared
@@ -115,6 +118,7 @@ class Dispatcher:
         events = self._epoll.poll(max(0.0, pause))
         now = time.monotonic()
         if events or self._doubts.held:
+            self._scheduling.count(len(events))
             self._on_events(events, now)
             self._tick_at = min(self._tick_at, now + MOMENT)
         if self._clients.answered:
@@ -184,6 +188,7 @@ class Dispatcher:
 
     def _tick(self, now: float) -> None:
         """Do what is due, and tell the replica's page how things stand."""
+        self._scheduling.tick(now)
         self._processes.watch(now)
         if self._decisions.taken:
             self._see_who_took(now)

@@ -236,7 +236,7 @@ class Processes:
         expected = max(1, link.busy)
         for report in self._reports(link, TURN):
             self._office.on_report(link, report, now)
-            expected -= not report.took
+            expected -= report.kind in _ENDS_A_JOB and not report.took
             if not expected:
                 break
 

@@ -35,6 +35,7 @@ from .journal import Journal
 from .listeners import Listening
 from .pages import MasterPage, ReplicaPage
 from .rules import Wishes, decode_wishes
+from .scheduling import may_choose
 
 TURN = 1.0  # seconds between two looks at the heartbeat
 HUNG = 5.0  # seconds without a heartbeat after which a dispatcher counts as hung
@@ -91,18 +92,6 @@ def _settle(wishes: Wishes) -> None:
     util.set_owner_process(privileges.uid, privileges.gid, initgroups=privileges.initgroups)
 
 
-def yield_to_processes() -> None:
-    """Have this process begin, once it is woken, when a CPU is free or its turn has come; not by
-    interrupting who runs (SCHED_BATCH, sched(7)).
-
-    While processes keep all CPUs busy, several things wait for the dispatcher when it comes, where
-    it would come for each of them. A policy that the operator has chosen stays.
-    """
-    with suppress(OSError):  # no such call in a sandbox, or in musl
-        if os.sched_getscheduler(0) == os.SCHED_OTHER:
-            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
-
-
 class Supervisor:
     """One dispatcher at a time, for as long as the master lives."""
 
@@ -123,6 +112,7 @@ class Supervisor:
         self._pidfd = -1
         self._born = 0.0
         self._watched = 0.0
+        self._may_choose = may_choose()
 
     def run(self) -> None:
         gc.collect()
@@ -175,7 +165,6 @@ class Supervisor:
         status = 1
         try:
             util._setproctitle("replica dispatcher")
-            yield_to_processes()
             if self._replica_page.claim():
                 Dispatcher(self._frame(), self._wishes, self._journal).run()
                 status = 0
@@ -194,6 +183,7 @@ class Supervisor:
             inheritance.dispatcher_nudge,
             inheritance.master_pidfd,
             inheritance.master_pid,
+            self._may_choose,
         )
 
     def _beat(self) -> None:

@@ -6,7 +6,7 @@ import math
 
 import hypothesis.strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
-from test_decisions_model import EXAMPLES, STEPS, few, picks, run
+from test_decisions_model import EXAMPLES, SMALL, STEPS, few, picks, run
 from world import Worker, World
 
 from replica_plugin.decisions import Rules
@@ -37,7 +37,7 @@ class Decks(RuleBasedStateMachine):
             world.register(worker)
             for _ in range(worker.starting):
                 world.free(worker)
-        for _ in range(max(0, 6 - len(world.decisions.waiting))):
+        for _ in range(max(0, SMALL + 2 - len(world.decisions.waiting))):
             world.arrive()
         for worker in list(world.workers.values()):
             for _ in range(worker.slots):

@@ -10,6 +10,7 @@ import math
 import sys
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import hypothesis.strategies as st
 import pytest
@@ -23,10 +24,12 @@ from hypothesis.stateful import (
 )
 from world import Worker, World
 
+from replica_plugin import decisions
 from replica_plugin.decisions import Rules
 
 EXAMPLES = 400
 STEPS = 60
+SMALL = 4  # so many lie on the deck, that more wait than lie there
 picks = st.integers(0, 11)
 few = st.integers(1, 6)
 patience = st.lists(st.sampled_from([math.inf, 0.0, 0.25, 0.5, 2.0]), max_size=6)
@@ -312,15 +315,14 @@ class Histories(RuleBasedStateMachine):
 
 
 def run(examples: int, steps: int, histories: type[RuleBasedStateMachine] = Histories) -> None:
-    run_state_machine_as_test(
-        histories,
-        settings=settings(
-            max_examples=examples,
-            stateful_step_count=steps,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-        ),
+    how = settings(
+        max_examples=examples,
+        stateful_step_count=steps,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
     )
+    with patch.object(decisions, "DECK", SMALL):
+        run_state_machine_as_test(histories, settings=how)
 
 
 def test_no_history_breaks_a_promise() -> None:

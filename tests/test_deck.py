@@ -11,6 +11,7 @@ from test_deaths import ONE, TWO, holds_all_slots
 
 from replica_plugin.decisions import DECK
 
+MANY = DECK + 2  # more than there is room for on the deck
 pytestmark = IN_BOTH_MODES
 PAIR = {**ONE, "processes_per_replica": 2}
 KILL, STOP, CONTINUE = signal.SIGKILL, signal.SIGSTOP, signal.SIGCONT
@@ -29,6 +30,15 @@ class Full:
             self.waiting.append(server.connect().ask(f"/hold/{number}"))
             server.wait_numbers(running=slots, waiting=number + 1)
         self.dispatcher = server.dispatcher
+
+    def stop_dispatcher(self) -> None:
+        """For longer than its supervisor would wait."""
+        self.server.tell(STOP, self.server.supervisor)
+        self.server.tell(STOP, self.dispatcher)
+
+    def continue_dispatcher(self) -> None:
+        self.server.tell(CONTINUE, self.dispatcher)
+        self.server.tell(CONTINUE, self.server.supervisor)
 
     def finish_one(self) -> Actor:
         """The one that runs longest; which begins then."""
@@ -55,10 +65,10 @@ def test_slots_take_in_the_queue_s_order_without_the_dispatcher(start, stage):
     server = start("--keep-alive", "20", config=TWO)
     names = list(map(str, range(DECK + 3)))
     full = Full(server, stage, 4, len(names))
-    server.tell(STOP, full.dispatcher)
+    full.stop_dispatcher()
     assert [full.finish_one().name for _ in range(DECK)] == names[:DECK]
     full.actors.pop(0).finish()
-    server.tell(CONTINUE, full.dispatcher)
+    full.continue_dispatcher()
     full.actors.append(stage.next())
     assert full.actors[-1].name == names[DECK]
     assert [full.finish_one().name for _ in range(2)] == names[DECK + 1 :]
@@ -74,13 +84,13 @@ def test_nobody_is_refused_because_of_what_slots_took_and_ended_unheard(start, s
     ended = DECK + 1  # with the one that runs
     server = start(config={**ONE, "max_replica_concurrency": ended + 1})
     full = Full(server, stage, 1, ended)
-    server.tell(STOP, full.dispatcher)
+    full.stop_dispatcher()
     assert [full.finish_one().name for _ in range(DECK)] == list(map(str, range(DECK)))
     full.actors.pop(0).finish()
     answered, left = full.running + full.waiting[:DECK], full.waiting[DECK:]
     assert {client.reply().status for client in answered} == {200}
     again = [server.connect().ask("/hold/again") for _ in range(ended)]
-    server.tell(CONTINUE, full.dispatcher)
+    full.continue_dispatcher()
     full.actors.append(stage.next())
     server.wait_numbers(running=1, waiting=ended)
     assert {full.finish_one().name for _ in range(ended)} == {"again"}
@@ -90,7 +100,7 @@ def test_nobody_is_refused_because_of_what_slots_took_and_ended_unheard(start, s
 
 def test_what_lies_on_the_deck_ends_with_its_dispatcher(start, stage):
     server = start(config=PAIR)
-    full = Full(server, stage, 2, 6)
+    full = Full(server, stage, 2, MANY)
     server.tell(KILL, full.dispatcher)
     assert all(map(was_reset, full.waiting))
     full.finish_all()
@@ -100,7 +110,7 @@ def test_what_lies_on_the_deck_ends_with_its_dispatcher(start, stage):
 
 def test_what_a_slot_has_taken_is_answered_though_the_dispatcher_dies_before_it_hears(start, stage):
     server = start("--keep-alive", "20", config=PAIR)
-    full = Full(server, stage, 2, 6)
+    full = Full(server, stage, 2, MANY)
     server.tell(STOP, full.dispatcher)
     assert full.finish_one().name == "0"
     server.tell(KILL, full.dispatcher)
@@ -115,7 +125,7 @@ def test_what_a_slot_has_taken_is_answered_though_the_dispatcher_dies_before_it_
 
 def test_a_killed_process_costs_what_it_had_taken_and_nothing_else(start, stage):
     server = start(config=PAIR)
-    full = Full(server, stage, 2, 6)
+    full = Full(server, stage, 2, MANY)
     server.tell(STOP, full.dispatcher)
     victim = full.finish_one()
     assert victim.name == "0"
@@ -125,13 +135,13 @@ def test_a_killed_process_costs_what_it_had_taken_and_nothing_else(start, stage)
     assert full.waiting[0].reply().status == 502
     full.actors.pop().vanished()
     names = []
-    while len(names) < 5:
+    while len(names) < MANY - 1:
         full.actors.append(stage.next())
         names.append(full.actors[-1].name)
         full.actors.pop(0).finish()
     full.finish_all()
-    assert names == ["1", "2", "3", "4", "5"]
-    assert [client.reply().status for client in full.waiting[1:]] == [200] * 5
+    assert names == list(map(str, range(1, MANY)))
+    assert {client.reply().status for client in full.waiting[1:]} == {200}
     holds_all_slots(server, stage, 0, 2)
 
 
@@ -139,7 +149,7 @@ def test_a_killed_process_costs_what_it_had_taken_and_nothing_else(start, stage)
 def test_processes_that_end_one_after_another_leave_the_order_as_it_is(start, stage, number):
     """One that is told to leave takes nothing more once its successor is there."""
     server = start(config=PAIR)
-    full = Full(server, stage, 2, 6)
+    full = Full(server, stage, 2, MANY)
     names = []
     for actor in list(full.actors):
         server.tell(number, actor.pid)
@@ -148,9 +158,9 @@ def test_processes_that_end_one_after_another_leave_the_order_as_it_is(start, st
         full.actors.remove(actor)
         full.actors.append(stage.next())
         names.append(full.actors[-1].name)
-    while len(names) < 6:
+    while len(names) < MANY:
         names.append(full.finish_one().name)
     full.finish_all()
-    assert names == ["0", "1", "2", "3", "4", "5"]
-    assert [client.reply().status for client in full.waiting] == [200] * 6
+    assert names == list(map(str, range(MANY)))
+    assert {client.reply().status for client in full.waiting} == {200}
     holds_all_slots(server, stage, 0, 2)

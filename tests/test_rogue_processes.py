@@ -71,10 +71,10 @@ def test_what_a_process_takes_off_the_deck_and_hides_is_run_by_others(start, sta
         thief = stage.next()
         beside = server.later("/hold/y")
         actor = stage.next()
-        waiting = [server.later("/hello") for _ in range(6)]
-        server.wait_numbers(running=2, waiting=6)
+        waiting = [server.later("/hello") for _ in range(DECK + 2)]
+        server.wait_numbers(running=2, waiting=DECK + 2)
         thief.finish()
-        assert [each.result().status for each in waiting] == [200] * 6
+        assert [each.result().status for each in waiting] == [200] * (DECK + 2)
         assert stealing.reply().status == 200
         actor.finish()
         assert beside.result().status == 200
@@ -88,10 +88,10 @@ def test_what_a_process_has_cut_short_on_the_deck_is_run_by_others(start, stage)
         cutter = stage.next()
         beside = server.later("/hold/y")
         actor = stage.next()
-        waiting = [server.later("/hello") for _ in range(10)]
-        server.wait_numbers(running=2, waiting=10)
+        waiting = [server.later("/hello") for _ in range(DECK + 6)]
+        server.wait_numbers(running=2, waiting=DECK + 6)
         cutter.finish()
-        assert [each.result().status for each in waiting] == [200] * 10
+        assert [each.result().status for each in waiting] == [200] * (DECK + 6)
         assert cutting.reply().status == 200
         actor.finish()
         assert beside.result().status == 200
@@ -105,12 +105,12 @@ def test_a_process_that_shuts_its_channel_is_killed_and_what_it_took_is_run_by_o
     husher = stage.next()
     beside = server.later("/hold/x")
     actor = stage.next()
-    waiting = [server.later("/hello") for _ in range(10)]
-    server.wait_numbers(running=2, waiting=10)
+    waiting = [server.later("/hello") for _ in range(DECK + 6)]
+    server.wait_numbers(running=2, waiting=DECK + 6)
     husher.finish()
     server.wait_log("says what no process of ours says: killing it")
     actor.finish()
-    assert [each.result().status for each in waiting] == [200] * 10
+    assert [each.result().status for each in waiting] == [200] * (DECK + 6)
     assert (beside.result().status, hushed.result().status) == (200, 502)
     server.wait_numbers(slots=2, processes=2, running=0, waiting=0)
     assert server.dispatcher == dispatcher

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 import signal
@@ -11,7 +10,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from test_deaths import ONE
 
 from replica_plugin import supervisor
 from replica_plugin.channel import control_pair
@@ -88,42 +86,6 @@ def test_a_limit_that_cannot_be_raised_stays(monkeypatch, error):
         privileges = Privileges(os.geteuid(), os.getegid(), False)
 
     supervisor._settle(Wishes)
-
-
-def policy_of_a_child(prepare=lambda: None):
-    """How a process is scheduled that has called `yield_to_processes`."""
-    pid = os.fork()
-    if not pid:
-        try:
-            prepare()
-            supervisor.yield_to_processes()
-            os._exit(os.sched_getscheduler(0))
-        finally:
-            os._exit(255)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def test_a_dispatcher_interrupts_no_process_that_runs_unless_the_operator_wants_it():
-    def idle():
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-
-    assert policy_of_a_child() == os.SCHED_BATCH
-    assert policy_of_a_child(idle) == os.SCHED_IDLE
-
-
-def test_a_dispatcher_that_may_not_choose_how_it_is_scheduled_is_as_all_are(monkeypatch):
-    def refused(*_):
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr(os, "sched_setscheduler", refused)
-    assert policy_of_a_child() == os.SCHED_OTHER
-
-
-def test_only_the_dispatcher_lets_others_go_first(start):
-    server = start(config=ONE)
-    assert os.sched_getscheduler(server.dispatcher) == os.SCHED_BATCH
-    assert os.sched_getscheduler(server.supervisor) == os.SCHED_OTHER
-    assert {os.sched_getscheduler(pid) for pid in server.workers} == {os.SCHED_OTHER}
 
 
 def test_a_process_that_has_ended_has_done_so_however_long_one_would_wait():
