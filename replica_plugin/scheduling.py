@@ -29,12 +29,12 @@ def may_choose() -> bool:
         if os.sched_getscheduler(0) != os.SCHED_OTHER:
             return False
         pid = os.fork()
-    except OSError:
+        if not pid:
+            _choose(os.SCHED_BATCH)
+            os._exit(0)
+        return os.waitpid(pid, 0)[1] == 0
+    except OSError:  # no room for a child, say
         return False
-    if not pid:
-        _choose(os.SCHED_BATCH)
-        os._exit(0)
-    return os.waitpid(pid, 0)[1] == 0
 
 
 class Scheduling:
