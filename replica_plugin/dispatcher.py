@@ -126,7 +126,8 @@ class Dispatcher:
             self._tick_at = min(self._tick_at, now + MOMENT)
         if self._tick_at <= now:
             self._tick(now)
-            turn = MOMENT if self._decisions.taken or self._doubts.held else TURN
+            soon = self._decisions.taken or self._doubts.held or self._scheduling.is_busy
+            turn = MOMENT if soon else TURN
             self._tick_at = min(now + turn, self._next_deadline())
         if self._decisions.waiting:
             self._fill_deck()

@@ -101,20 +101,13 @@ class GreenEnd(ProcessEnd):
     @property
     def may_take(self) -> bool:  # type: ignore[override]
         """Not ahead of what this process was sent before; nor while the hub waits for its turn."""
-        return not self._arrived and (not self.handing or self._has_time())
-
-    def _has_time(self) -> bool:
-        return time.monotonic() < self._hand_until
+        if self._arrived:
+            return False
+        return not self.handing or time.monotonic() < self._hand_until
 
     def receive(self) -> Message:
-        """Wait for the next message; `b""` at the end. Nothing else ends the wait.
-
-        While it has time, a slot that was handed one reads the next itself: to have the hub turn
-        for it takes longer.
-        """
+        """Wait for the next message; `b""` at the end. Nothing else ends the wait."""
         while not (self._arrived or self._ended):
-            if self.handing and self._has_time() and (here := self._read())[0]:
-                return here
             waiter = gevent.hub.Waiter()
             self._idle.append(waiter)
             try:
@@ -123,15 +116,6 @@ class GreenEnd(ProcessEnd):
             except BaseException:  # a timeout of a request that is long over, say
                 self._idle.remove(waiter)
         return self._arrived.popleft() if self._arrived else END
-
-    def _read(self) -> Message:
-        """What lies there; END, too, if nothing does. Of the end of the channel the hub learns."""
-        try:
-            message = receive_now(self.sock)
-        except OSError:
-            return END
-        self._dismissed |= message[0] == LEAVE
-        return message
 
     def _wait(self, for_room: bool) -> None:
         """Only the greenlet waits."""

@@ -236,7 +236,7 @@ class Processes:
         expected = max(1, link.busy)
         for report in self._reports(link, TURN):
             self._office.on_report(link, report, now)
-            expected -= report.kind in _ENDS_A_JOB and not report.took
+            expected -= not (report.took or report.kind == Kind.REST)
             if not expected:
                 break
 

@@ -38,11 +38,11 @@ def may_choose() -> bool:
 
 
 class Scheduling:
-    """That of this process, if it `may` choose."""
+    """That of this process, if it `may` choose. While it `is_busy`, it must `tick` again soon."""
 
     def __init__(self, may: bool) -> None:
+        self.is_busy = False
         self._may = may
-        self._is_busy = False
         self._events = 0
         self._since = 0.0
 
@@ -51,15 +51,22 @@ class Scheduling:
         self._events += events
 
     def tick(self, now: float) -> None:
-        """Choose by how many there were lately."""
+        """Choose by how many there were lately, unless the operator has chosen meanwhile."""
         span = now - self._since
         if not self._may or span < SPAN:
             return
         is_busy = self._events >= BUSY * span
-        if is_busy is not self._is_busy:
-            self._is_busy = is_busy
-            _choose(os.SCHED_BATCH if is_busy else os.SCHED_OTHER)
         self._events, self._since = 0, now
+        if is_busy is self.is_busy:
+            return
+        self._may = os.sched_getscheduler(0) == _policy(self.is_busy)
+        self.is_busy = is_busy and self._may
+        if self._may:
+            _choose(_policy(is_busy))
+
+
+def _policy(is_busy: bool) -> int:
+    return os.SCHED_BATCH if is_busy else os.SCHED_OTHER
 
 
 def _choose(policy: int) -> None:

@@ -69,7 +69,7 @@ def test_a_seed_gives_the_same_load_again_and_another_seed_another_one():
 
 
 def test_a_cell_asks_for_its_share_of_what_the_slots_can_do():
-    asked, _ = Cell(75, slots=4, mean=0.02).schedule(1000, seed=1)
+    asked, *_ = Cell(75, slots=4, mean=0.02).schedule(1000, seed=1)
     assert len(asked) / 1000 == pytest.approx(0.75 * 4 / 0.02, rel=0.01)
 
 

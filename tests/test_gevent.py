@@ -12,14 +12,13 @@ import time
 from collections import Counter
 from pathlib import Path
 
-import gevent
 import pytest
 from server import Client, Load, Server, descriptors, wait_for
 from stage import Actor, Stage
 from wire import Wire, request
 
-from replica_plugin import early, green
-from replica_plugin.channel import LEAVE, Job, close_all, decode_job, pair, send_job
+from replica_plugin import early
+from replica_plugin.channel import Job, close_all, decode_job, pair, send_job
 from replica_plugin.green import GreenEnd
 
 GEVENT = {"mode": "gevent", "processes_per_replica": 2, "threads_per_process": 2}
@@ -447,33 +446,6 @@ class WithoutMemory:
 
     def send(self, data: bytes, flags: int) -> int:
         raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-
-
-@pytest.mark.parametrize(
-    ("time_left", "order"), [(5.0, [b"1", LEAVE, b"hub"]), (0.0, [b"1", b"hub", LEAVE])]
-)
-def test_a_slot_reads_what_comes_next_itself_unless_the_hub_has_waited_for_its_turn(
-    monkeypatch, time_left, order
-):
-    monkeypatch.setattr(green, "HAND_TIME", time_left)
-    said = []
-    ours, theirs = pair()
-    with ours, theirs:
-        end = GreenEnd(ours, ours)
-
-        def take_two():
-            for _ in range(2):
-                said.append(end.receive()[0])
-                gevent.get_hub().loop.run_callback(said.append, b"hub")
-
-        slot = gevent.spawn(take_two)
-        gevent.sleep()  # it waits
-        theirs.send(b"1")
-        theirs.send(LEAVE)
-        slot.join()
-        assert said[:3] == order
-        assert end.is_dismissed()
-        end._watcher.close()
 
 
 # Signals and settings.

@@ -20,9 +20,12 @@ set_policy = os.sched_setscheduler
 
 @pytest.fixture
 def chosen(monkeypatch) -> list[int]:
-    """The policies that were asked for."""
+    """The policies that were asked for; the last one holds."""
     chosen: list[int] = []
     monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, _: chosen.append(policy))
+    monkeypatch.setattr(
+        os, "sched_getscheduler", lambda _: chosen[-1] if chosen else os.SCHED_OTHER
+    )
     return chosen
 
 
@@ -33,7 +36,20 @@ def test_who_sees_many_events_a_second_interrupts_nobody_until_there_are_few(cho
         now += 2 * SPAN
         one.count(int(BUSY * 2 * SPAN) - (not many))
         one.tick(now)
+        assert one.is_busy is many
     assert chosen == [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_BATCH]
+
+
+def test_what_the_operator_has_chosen_for_a_dispatcher_that_runs_stays(chosen):
+    one, now = Scheduling(True), 1000.0
+    one.tick(now)
+    for events in (1_000_000, 0, 1_000_000):
+        now += 1.0
+        one.count(events)
+        one.tick(now)
+        chosen[1:] = [os.SCHED_IDLE]
+    assert chosen == [os.SCHED_BATCH, os.SCHED_IDLE]
+    assert not one.is_busy
 
 
 def test_a_moment_is_too_short_to_tell_and_counts_with_what_follows(chosen):
@@ -62,7 +78,7 @@ def trial(policy: int) -> bool:
             os._exit(may_choose())
         finally:
             os._exit(255)
-    return bool(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
 
 
 def test_what_the_operator_has_chosen_stays():
@@ -100,6 +116,7 @@ def test_without_room_for_a_child_nobody_chooses(monkeypatch):
 )
 def test_only_the_dispatcher_lets_others_go_first_and_only_while_much_happens(start):
     server: Server = start("--keep-alive", "60", config=ONE)
+    assert os.sched_getscheduler(server.dispatcher) == os.SCHED_OTHER
     clients = [server.connect().sock for _ in range(64)]
     seen = []
 
@@ -111,7 +128,6 @@ def test_only_the_dispatcher_lets_others_go_first_and_only_while_much_happens(st
             seen.append(os.sched_getscheduler(server.dispatcher))
         return os.SCHED_BATCH in seen
 
-    assert os.sched_getscheduler(server.dispatcher) == os.SCHED_OTHER
     wait_for(probe_at_once, "the dispatcher lets others go first")
     wait_for(
         lambda: os.sched_getscheduler(server.dispatcher) == os.SCHED_OTHER, "it comes at once again"

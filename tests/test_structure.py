@@ -24,8 +24,8 @@ DISPATCHER = {
     "actions", "answers", "arrival", "arriving", "cells", "channel", "chunks", "clients",
     "connection", "deadlines", "decisions", "deck", "dispatcher", "doubts", "endings", "guard",
     "head", "heritage", "journal", "listeners", "machine", "overtime", "pages", "process",
-    "processes", "rate", "ready_file", "request_queue", "rest", "roster", "rules", "stopping",
-    "supervisor", "unpatched",
+    "processes", "rate", "ready_file", "request_queue", "rest", "roster", "rules", "scheduling",
+    "stopping", "supervisor", "unpatched",
 }  # fmt: skip
 """What runs in the process without user code."""
 

@@ -55,6 +55,10 @@ class Request:
     def began(self) -> float:
         return float(self.body.split()[1])
 
+    @property
+    def overslept(self) -> float:
+        return float(self.body.split()[2])
+
 
 @dataclass(slots=True, eq=False)
 class Connection:

@@ -1,6 +1,7 @@
 """The app that every peer serves: `app` in Flask, and `bare` without it.
 
-An answer says which process gave it and when it began, on the clock that all processes share.
+An answer says which process gave it and when it began, on the clock that all processes share; and
+how much longer it slept than it was asked to, in seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def nothing() -> str:
 def sleep(seconds: float) -> str:
     began = time.monotonic()
     time.sleep(seconds)
-    return f"{os.getpid()} {began}"
+    return f"{os.getpid()} {began} {time.monotonic() - began - seconds}"
 
 
 @app.get("/burn/<float:seconds>")

@@ -61,6 +61,9 @@ def _waiting(record: Record) -> Iterator[Target]:
         )
     for cell in (*waiting.MAIN, *waiting.KEPT):
         text = f"gevent mode, {cell}: p99 not above thread mode's by more than the spread"
+        yield _not_above(
+            record, cell, waiting.OWN_SLEEP, f"{text}, each of its own sleep", GEVENT, OURS
+        )
         yield _not_above(record, cell, "p99", text, GEVENT, OURS)
 
 
