@@ -549,7 +549,9 @@ def test_a_child_that_comes_back_from_the_app_answers_nobody_and_ends(start, mod
 
 
 GOES_ON = """
-import os
+import os, subprocess
+
+subprocess.run(["true"])  # gevent listens for children from its first on, which it may miss itself
 
 def application(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain")])

@@ -285,6 +285,7 @@ import gc, gevent, os
 from replica_plugin.gevent_worker import GeventWorker
 
 PID, released = os.getpid(), []
+gevent.get_hub().loop.install_sigchld()  # or the end of the first child may be missed
 
 def application(environ, start_response):
     start_response("200 OK", [("Content-Type", "text/plain"), ("Content-Length", "1")])
