@@ -118,7 +118,7 @@ class Dispatcher:
         events = self._epoll.poll(max(0.0, pause))
         now = time.monotonic()
         if events or self._doubts.held:
-            self._scheduling.count(len(events))
+            self._scheduling.events += len(events)
             self._on_events(events, now)
             self._tick_at = min(self._tick_at, now + MOMENT)
         if self._clients.answered:

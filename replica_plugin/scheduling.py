@@ -38,25 +38,22 @@ def may_choose() -> bool:
 
 
 class Scheduling:
-    """That of this process, if it `may` choose. While it `is_busy`, it must `tick` again soon."""
+    """That of this process, if it `may` choose. Who has it counts its `events`, and while it
+    `is_busy` has it `tick` again soon."""
 
     def __init__(self, may: bool) -> None:
+        self.events = 0  # since the last look at them
         self.is_busy = False
         self._may = may
-        self._events = 0
         self._since = 0.0
-
-    def count(self, events: int) -> None:
-        """So many have come at a time."""
-        self._events += events
 
     def tick(self, now: float) -> None:
         """Choose by how many there were lately, unless the operator has chosen meanwhile."""
         span = now - self._since
         if not self._may or span < SPAN:
             return
-        is_busy = self._events >= BUSY * span
-        self._events, self._since = 0, now
+        is_busy = self.events >= BUSY * span
+        self.events, self._since = 0, now
         if is_busy is self.is_busy:
             return
         self._may = os.sched_getscheduler(0) == _policy(self.is_busy)

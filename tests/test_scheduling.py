@@ -34,7 +34,7 @@ def test_who_sees_many_events_a_second_interrupts_nobody_until_there_are_few(cho
     one.tick(now)
     for many in (False, True, True, False, False, True):
         now += 2 * SPAN
-        one.count(int(BUSY * 2 * SPAN) - (not many))
+        one.events += int(BUSY * 2 * SPAN) - (not many)
         one.tick(now)
         assert one.is_busy is many
     assert chosen == [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_BATCH]
@@ -45,7 +45,7 @@ def test_what_the_operator_has_chosen_for_a_dispatcher_that_runs_stays(chosen):
     one.tick(now)
     for events in (1_000_000, 0, 1_000_000):
         now += 1.0
-        one.count(events)
+        one.events += events
         one.tick(now)
         chosen[1:] = [os.SCHED_IDLE]
     assert chosen == [os.SCHED_BATCH, os.SCHED_IDLE]
@@ -57,14 +57,14 @@ def test_a_moment_is_too_short_to_tell_and_counts_with_what_follows(chosen):
     one.tick(now)
     for _ in range(10):
         now += SPAN / 4
-        one.count(int(BUSY * SPAN / 2))
+        one.events += int(BUSY * SPAN / 2)
         one.tick(now)
     assert chosen == [os.SCHED_BATCH]
 
 
 def test_who_may_not_choose_asks_for_nothing(chosen):
     one = Scheduling(False)
-    one.count(1_000_000)
+    one.events += 1_000_000
     one.tick(1000.0)
     assert chosen == []
 
@@ -93,7 +93,7 @@ def test_where_the_system_does_not_let_it_choose_all_stays_as_it_is(monkeypatch)
     monkeypatch.setattr(os, "sched_setscheduler", refused)
     one = Scheduling(may_choose())
     one.tick(1000.0)
-    one.count(1_000_000)
+    one.events += 1_000_000
     one.tick(1001.0)
 
 
