@@ -112,11 +112,12 @@ class Supervisor:
         self._pidfd = -1
         self._born = 0.0
         self._watched = 0.0
-        self._may_choose = may_choose()
+        self._may_choose = False
 
     def run(self) -> None:
         gc.collect()
         gc.freeze()
+        self._may_choose = may_choose()
         self._start()
         while True:
             ready = {fd for fd, _ in self._poll.poll(int(TURN * 1000))}
