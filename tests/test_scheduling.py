@@ -34,7 +34,7 @@ def test_who_sees_many_events_a_second_interrupts_nobody_until_there_are_few(cho
     one.tick(now)
     for many in (False, True, True, False, False, True):
         now += 2 * SPAN
-        one.events += int(BUSY * 2 * SPAN) - (not many)
+        one.events += int(BUSY * 2 * SPAN) + (1 if many else -1)
         one.tick(now)
         assert one.is_busy is many
     assert chosen == [os.SCHED_BATCH, os.SCHED_OTHER, os.SCHED_BATCH]
