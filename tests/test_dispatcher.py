@@ -444,6 +444,15 @@ def test_a_request_of_which_the_client_has_left_never_lies_on_the_deck(replica, 
     first.close()
 
 
+def test_the_end_of_a_burst_is_noticed_though_nothing_more_happens(replica):
+    """Else the dispatcher would let others go first until the next heartbeat."""
+    dispatcher = replica.dispatcher
+    dispatcher._scheduling.is_busy = True
+    dispatcher._tick_at = 0.0
+    dispatcher.turn()
+    assert dispatcher._tick_at <= time.monotonic() + MOMENT
+
+
 def test_what_a_slot_has_taken_and_ended_since_is_heard_in_the_same_turn(full):
     """Else a slot that is free waits for as many turns as it has taken requests."""
     replica, job, _ = full
