@@ -470,6 +470,7 @@ RULES = (
     Rule("refused", "stop", not_run, not_listening),
     Rule("closed", "quick stop", quick),
     Rule("cut", "quick stop", quick),
+    Rule("500", "quick stop", quick),  # SystemExit, in the app's own thread (gunicorn's)
     # The client's own doing.
     Rule("left", "the client left", trait("leaves")),
     Rule("severed", "its network was cut", trait("severed")),
